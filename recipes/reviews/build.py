@@ -1,0 +1,302 @@
+"""Build the reviews recipe's tokenizer, policy, reward model and judge from nothing, on two CPU cores.
+
+    python recipes/reviews/build.py --work /tmp/reviews-build
+
+Stages: tokenizer -> policy -> reward -> judge -> report. Each writes into `recipes/reviews/` when it is
+done; training state is kept in `--work` every few hundred steps, so a stopped build goes on where it was.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import corpus
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+HERE = Path(__file__).parent
+SEED = 20602
+VOCAB, COMPLETION, OPENING = 4096, 32, 10  # token counts; a completion is padded to COMPLETION with end-of-text
+SPECIALS = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+# ---------------------------------------------------------------------------------------------- training
+def train(
+    name: str,
+    work: Path,
+    model: torch.nn.Module,
+    loss_fn: Callable[[torch.nn.Module, int], Tensor],
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.05,
+) -> None:
+    """Muon on the matrices, AdamW on the rest, bf16 arithmetic over float32 weights, linear decay to 0.
+
+    `loss_fn(model, step)` draws its own batch from `step`, so the state that a resumed run needs is the
+    weights, the two optimizers and one integer. Saved every 200 steps to `work/NAME.pt`.
+    """
+    master = {k: p.detach().clone().float() for k, p in model.named_parameters()}
+    matrices = [k for k, p in master.items() if p.ndim == 2 and "embed" not in k and "score" not in k]
+    others = [k for k in master if k not in matrices]
+    optimizers = [
+        torch.optim.Muon(
+            [master[k] for k in matrices], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW([master[k] for k in others], lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    state_path, start = work / f"{name}.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        start = state["step"]
+        for k, value in state["master"].items():
+            master[k].copy_(value)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    parameters = dict(model.named_parameters())
+    model.to(torch.bfloat16).train()
+
+    def refresh() -> None:
+        for k, p in parameters.items():
+            p.data.copy_(master[k])
+
+    refresh()
+    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    average = None
+    for step in range(start, steps):
+        loss = loss_fn(model, step)
+        loss.backward()
+        for k, p in parameters.items():
+            master[k].grad = p.grad.float() if p.grad is not None else None
+            p.grad = None
+        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+        scale = min(1.0, (step + 1) / 100) * (1 - step / steps)
+        for optimizer, rates in zip(optimizers, base, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * scale
+            optimizer.step()
+        refresh()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            print(f"{name} step {step + 1}/{steps} loss {average:.4f}", flush=True)
+            partial = state_path.with_suffix(".tmp")
+            torch.save(
+                {"step": step + 1, "master": master, "optimizers": [o.state_dict() for o in optimizers]}, partial
+            )
+            partial.replace(state_path)
+    model.eval()
+
+
+# --------------------------------------------------------------------------------------------- tokenizer
+def build_tokenizer(texts: list[str], out: Path) -> None:
+    """Byte-level BPE with Qwen2's own splitting rules, saved the way that Dream ships its tokenizer."""
+    fresh = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(SPECIALS[:1])}, merges=[])
+    trained = fresh.train_new_from_iterator(texts, vocab_size=VOCAB - len(SPECIALS) + 1, show_progress=False)
+    out.mkdir(parents=True, exist_ok=True)
+    full = json.loads(trained.backend_tokenizer.to_str())["model"]
+    vocab = sorted((t for t in full["vocab"] if t not in SPECIALS), key=full["vocab"].__getitem__)
+    ids = {token: i for i, token in enumerate(vocab)}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in full["merges"]]
+    (out / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": {str(len(ids) + i): {"content": t, **special} for i, t in enumerate(SPECIALS)},
+        "eos_token": SPECIALS[0],
+        "pad_token": SPECIALS[0],
+        "mask_token": SPECIALS[1],
+        "additional_special_tokens": SPECIALS[2:],
+        "chat_template": TEMPLATE,
+        "model_max_length": 256,
+        "add_prefix_space": False,
+        "unk_token": None,
+        "bos_token": None,
+        "errors": "replace",
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def load_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------ policy
+def policy_config(tokenizer: Qwen2Tokenizer) -> dict:
+    """A Dream `config.json`, the authors' field names, at toy size."""
+    return {
+        "architectures": ["DreamModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_dream.DreamConfig",
+            "AutoModel": "modeling_dream.DreamModel",
+        },
+        "model_type": "Dream",
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def new_policy(config: dict) -> Qwen2ForCausalLM:
+    kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type", "torch_dtype")}
+    qwen = Qwen2Config(**kept)
+    qwen.is_causal = False  # the decoder's own switch to attend both ways
+    return Qwen2ForCausalLM(qwen)
+
+
+def encode_pairs(tokenizer: Qwen2Tokenizer, texts: list[str], words: list[int]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids without end-of-text) of each text cut after `words[i]` words."""
+    cut = [corpus.split_opening(text, n) for text, n in zip(texts, words, strict=True)]
+    prompts = tokenizer([f"<|user|>{opening}<|assistant|>" for opening, _ in cut])["input_ids"]
+    completions = tokenizer([rest for _, rest in cut])["input_ids"]
+    return list(zip(prompts, completions, strict=True))
+
+
+def canvas_of(tokenizer: Qwen2Tokenizer, pairs: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Left-padded prompts and end-of-text-padded completions: canvas_BL, attention_BL, weight_BC of the loss."""
+    width = max(len(p) for p, _ in pairs)
+    canvas_BL = torch.full((len(pairs), width + COMPLETION), tokenizer.eos_token_id)
+    attention_BL = torch.ones_like(canvas_BL)
+    weight_BC = torch.full((len(pairs), COMPLETION), 0.05)  # end-of-text after the first is all alike: count it little
+    for i, (prompt, completion) in enumerate(pairs):
+        canvas_BL[i, width - len(prompt) : width] = torch.tensor(prompt)
+        attention_BL[i, : width - len(prompt)] = 0
+        canvas_BL[i, width : width + len(completion)] = torch.tensor(completion, dtype=torch.long)
+        weight_BC[i, : len(completion) + 1] = 1.0
+    return canvas_BL, attention_BL, weight_BC
+
+
+def policy_logits(model: Qwen2ForCausalLM, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor) -> Tensor:
+    """Dream's convention: the state at l-1 scores token l, and positions count real tokens."""
+    position_BL = (attention_BL.cumsum(1) - 1).clamp(min=0)
+    states = model.model(input_ids=canvas_BL, attention_mask=attention_BL, position_ids=position_BL).last_hidden_state
+    return model.lm_head(states[:, :-1][at_BL[:, 1:]]).float()
+
+
+def masked_cross_entropy(
+    model: Qwen2ForCausalLM, mask_id: int, canvas_BL: Tensor, attention_BL: Tensor, weight_BC: Tensor, masked_BC: Tensor
+) -> Tensor:
+    width = canvas_BL.shape[1] - COMPLETION
+    at_BL = F.pad(masked_BC, (width, 0))
+    logits_NV = policy_logits(model, canvas_BL.masked_fill(at_BL, mask_id), attention_BL, at_BL)
+    loss_N = F.cross_entropy(logits_NV, canvas_BL[at_BL], reduction="none")
+    weight_N = weight_BC[masked_BC]
+    return (loss_N * weight_N).sum() / weight_N.sum()
+
+
+def build_policy(
+    tokenizer: Qwen2Tokenizer, reviews: list[str], others: list[str], work: Path, out: Path, steps: int, rows: int = 64
+) -> None:
+    torch.manual_seed(SEED)
+    config = policy_config(tokenizer)
+    model = new_policy(config)
+
+    def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
+        rng = random.Random(f"policy/{SEED}/{step}")
+        share = min(1.0, 0.15 + 0.95 * max(0.0, step / steps - 0.05))
+        texts = [rng.choice(reviews if rng.random() < share else others) for _ in range(rows)]
+        pairs = encode_pairs(tokenizer, texts, [rng.randint(0, corpus.OPENING_WORDS) for _ in texts])
+        canvas_BL, attention_BL, weight_BC = canvas_of(tokenizer, pairs)
+        generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        width = canvas_BL.shape[1] - COMPLETION
+        # A canvas may also end before COMPLETION, anywhere after the text, as at a smaller completion length.
+        for i, (_, completion) in enumerate(pairs):
+            if rng.random() < 0.5:
+                end = rng.randint(min(len(completion) + 1, COMPLETION), COMPLETION)
+                attention_BL[i, width + end :] = 0
+                weight_BC[i, end:] = 0.0
+        rate_B1 = ((torch.arange(rows) + torch.rand(rows, generator=generator)) / rows)[:, None].clamp(min=0.05)
+        masked_BC = torch.rand(weight_BC.shape, generator=generator) < rate_B1
+        masked_BC &= weight_BC > 0
+        # In a quarter of the rows some of the prompt is hidden, as the one-step estimator will do.
+        hidden = (torch.rand(rows, width, generator=generator) < 0.2) & (torch.arange(rows) % 4 == 0)[:, None]
+        hidden &= (canvas_BL[:, :width] < len(tokenizer) - len(SPECIALS)) & (attention_BL[:, :width] > 0)
+        canvas_BL[:, :width][hidden] = tokenizer.mask_token_id
+        return masked_cross_entropy(model, tokenizer.mask_token_id, canvas_BL, attention_BL, weight_BC, masked_BC)
+
+    train("policy", work, model, loss_fn, steps, learning_rate=2e-3)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    from safetensors.torch import save_file
+
+    state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def policy_figures(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, texts: list[str]) -> dict[str, float]:
+    """Held-out masked cross-entropy, nats per masked token (text and its end-of-text), by mask rate."""
+    figures = {}
+    for rate in (0.25, 0.5, 0.75):
+        generator, rng, total, count = torch.Generator().manual_seed(1), random.Random(1), 0.0, 0
+        for i in range(0, len(texts), 64):
+            chunk = texts[i : i + 64]
+            pairs = encode_pairs(tokenizer, chunk, [rng.randint(0, corpus.OPENING_WORDS) for _ in chunk])
+            canvas_BL, attention_BL, weight_BC = canvas_of(tokenizer, pairs)
+            masked_BC = (torch.rand(weight_BC.shape, generator=generator) < rate) & (weight_BC == 1)
+            n = int(masked_BC.sum())
+            total += n * float(
+                masked_cross_entropy(model, tokenizer.mask_token_id, canvas_BL, attention_BL, weight_BC, masked_BC)
+            )
+            count += n
+        figures[str(rate)] = round(total / count, 3)
+    return figures
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
+
+
+# -------------------------------------------------------------------------------------------------- main
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/reviews"), help="downloads and training state")
+    parser.add_argument("--policy-steps", type=int, default=2800)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    corpus.fetch(args.work / "download")
+    snippets, _ = corpus.rated(args.work / "download")
+    prose = corpus.plain(args.work / "download")
+    known = [s for s in snippets if not s.held_out]
+    policy_dir = HERE / "policy"
+    if not (policy_dir / "vocab.json").exists():
+        texts = [s.text for s in known for _ in range(4 if s.source == "movie" else 1)]
+        build_tokenizer(texts + prose, policy_dir)
+    tokenizer = load_tokenizer(policy_dir)
+
+    def short(texts: list[str]) -> list[str]:
+        return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < COMPLETION]
+
+    if not (policy_dir / "model.safetensors").exists():
+        reviews = short([s.text for s in known if s.source == "movie"])
+        others = short([s.text for s in known if s.source in ("nyt", "amazon")] + prose)
+        print(f"policy: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
+        build_policy(tokenizer, reviews, others, args.work, policy_dir, args.policy_steps)
+
+
+if __name__ == "__main__":
+    main()
