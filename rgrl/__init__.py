@@ -1,0 +1,3 @@
+"""rgrl: reward-guided reinforcement learning for masked diffusion language models."""
+
+__version__ = "0.1.0"

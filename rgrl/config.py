@@ -1,0 +1,378 @@
+"""Every setting of a run, with its unit, default and source. The strings below the fields are the manual.
+
+One YAML file plus dotted overrides (`--optim.learning_rate 1e-4`) make a `Config`. A key that does not
+exist, a value of the wrong type or a setting that cannot work raises `ConfigError`, whose message is one
+line: what is wrong and what would be right.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """Bad input from the user. Commands print the message on one line and exit with code 2."""
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""
+    """Folder or hub id of the diffusion LM, in its authors' checkpoint format. Required."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen base weights. The adapter is always float32."""
+    family: Literal["auto", "dream", "llada"] = "auto"
+    """Model family; `auto` reads `model_type` from the checkpoint's config.json."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 32
+    """Rank. RGRL paper: 32."""
+    alpha: float = 32.0
+    """Scale; the update is multiplied by alpha / r. RGRL paper: 32."""
+    dropout: float = 0.0
+    """Probability in 0 ... 1. The paper has 0.1; 0 keeps policy ratios exactly 1 before the first update."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers to adapt; each must match at least one layer."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder written by
+    `datasets.save_to_disk`, or a hub id. Required."""
+    eval_path: str | None = None
+    """Evaluation prompts, same forms. None: no evaluation."""
+    split: str = "train"
+    """Split of a hub or saved data set."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages (its first user turn is taken)."""
+    max_prompt_length: int = 512
+    """Limit in policy tokens, chat markers included; a longer prompt is an error."""
+    eval_prompts: int = 64
+    """Number of evaluation prompts used (the first ones)."""
+
+
+@dataclass
+class RewardConfig:
+    path: str | None = None
+    """Folder or hub id of an `AutoModelForSequenceClassification` checkpoint with one label."""
+    adapter: str | None = None
+    """LoRA adapter of that model, merged when it is loaded."""
+    name: str = "model"
+    """Its name in `rewards/<name>/mean`."""
+    weight: float = 1.0
+    """Its weight in the sum of rewards."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of its weights."""
+    functions: dict[str, float] = field(default_factory=dict)
+    """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
+    `function(prompts, completions, rows)` and returns one number a completion."""
+    bridge: Literal["compose", "unknown", "zero"] = "compose"
+    """Embedding of a policy token that the reward model's tokenizer lacks: mean of the tokens that spell it,
+    the unknown (or end) token, or zero."""
+    attend_eos: bool = False
+    """Whether the end-of-text token itself is shown to the guide. False agrees with scoring decoded text."""
+
+
+@dataclass
+class JudgeConfig:
+    path: str | None = None
+    """A second reward model that is only ever used in evaluation. None: no judge."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of its weights."""
+
+
+@dataclass
+class RolloutConfig:
+    num_generations: int = 4
+    """G, completions per prompt. Paper: 4."""
+    max_completion_length: int = 128
+    """C, mask tokens appended to each prompt. Paper: 128."""
+    steps: int = 128
+    """T, denoising steps, 1 ... C. Paper: 128."""
+    temperature: float = 0.9
+    """Sampling temperature, > 0. Paper: 0.9 in training, 0.7 at test time."""
+    top_p: float = 0.95
+    """Nucleus: smallest set of tokens with this probability, in (0, 1]. Paper: 0.95."""
+    top_k: int = 50
+    """Only the k most likely tokens; 0 means all. Paper: 50."""
+    confidence: Literal["entropy", "maskgit_plus", "topk_margin", "origin"] = "entropy"
+    """Which positions to commit first: lowest entropy, most probable sampled token, widest margin between the two
+    best tokens, or at random."""
+    confidence_from: Literal["policy", "guided"] = "policy"
+    """Whether the confidence reads the policy's own logits or the guided ones. Only `policy` keeps the order of
+    unmasking independent of the guidance."""
+    position_temperature: float = 0.0
+    """Temperature of Gumbel noise added to the confidence; 0 is none."""
+    defer_eos: bool = False
+    """Give a sampled end-of-text the lowest confidence, so that it is not committed early."""
+
+
+@dataclass
+class GuidanceConfig:
+    kind: Literal["none", "expectation", "aps", "entrgi"] = "entrgi"
+    """`none`; `expectation` (soft embeddings); `aps` (straight-through); `entrgi` (blend by entropy)."""
+    steps: int = 1
+    """M, gradient steps per denoising step. Paper: 1 in training, 3 at test time."""
+    eta: float = 0.5
+    """Step size on the logits. Paper: 0.5."""
+    path: str | None = None
+    """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "reinforce"
+    """`likelihood`, `reinforce`, `grpo`, or a dotted path `package.module:attribute`."""
+    estimator: str = "one_step"
+    """Log-probability estimator: `one_step`, or a dotted path."""
+    advantage: str = "zscore"
+    """`centred`, `zscore`, `leave_one_out`, or a dotted path."""
+    beta: float = 0.0
+    """Weight of the k3 estimate of KL(policy || frozen base), per token."""
+    epsilon_low: float = 0.2
+    """`grpo`: the ratio is clipped below 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """`grpo`: the ratio is clipped above 1 + epsilon_high."""
+    iterations: int = 1
+    """Optimizer updates per rollout."""
+    prompt_mask: float = 0.3
+    """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = 5e-6
+    """Peak learning rate of AdamW. Paper: 5e-6 at 7B."""
+    warmup_steps: int = 0
+    """Number of optimizer updates over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = ""
+    """Where everything is written. Must not hold a run already, unless it is resumed. Required."""
+    seed: int = 0
+    """Seed of everything random."""
+    steps: int = 500
+    """Number of RGRL steps (one rollout each)."""
+    save_steps: int = 100
+    """Number of steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints kept."""
+    eval_steps: int = 100
+    """Number of steps between evaluations, which also run before the first and after the last. 0: never."""
+    prompts_per_device: int = 2
+    """P, prompts each process rolls out per step; rows per process are P times num_generations. Paper: 2."""
+    gradient_accumulation_steps: int = 1
+    """Number of micro-batches into which a process splits its rows for the update; must divide them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or the path of a checkpoint folder."""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: bool = True
+    """Log to Weights & Biases too. Its own settings (WANDB_MODE ...) decide how; offline without an account."""
+    project: str = "rgrl"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name. None: the output folder's name."""
+    completions_steps: int = 10
+    """Number of steps between tables of completions. 0: never."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The file at `path` with `overrides` (["--a.b", "value", "--c.d=value", ...]) laid over it, checked.
+
+    Raises `ConfigError`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not a {type(tree).__name__}")
+    for key, value in _parse_overrides(overrides or []):
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--{key}: `{parent}` is a value, not a section")
+        node[last] = value
+    config = _build(Config, tree, "")
+    check(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+    pairs, queue = [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"expected --section.key value, got {word!r}")
+        key, given, text = word[2:].partition("=")
+        if not given:
+            if not queue:
+                raise ConfigError(f"--{key} needs a value")
+            text = queue.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key}: cannot read the value {text!r}") from error
+    return pairs
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"`{prefix[:-1]}` is a section with keys of its own, not the value {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            known = [prefix + name for name in hints]
+            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key `{prefix}{key}`; did you mean `{near}`?")
+        kind = hints[key]
+        is_section = dataclasses.is_dataclass(kind)
+        values[key] = _build(kind, value, f"{prefix}{key}.") if is_section else _coerce(kind, value, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _coerce(kind: Any, value: Any, key: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, key)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"`{key}` must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_coerce(args[0], item, key) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _coerce(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    expected = origin or kind
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(f"`{key}` must be {_name(expected)}, not {value!r}")
+    return value
+
+
+def _name(kind: type) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+    return names.get(kind, "a mapping")
+
+
+def check(c: Config) -> None:
+    """Refuse what cannot work, as far as the settings alone tell. Raises `ConfigError`."""
+    r, o = c.rollout, c.objective
+    rows = c.run.prompts_per_device * r.num_generations
+    rules: list[tuple[bool, str]] = [
+        (bool(c.model.path), "`model.path` is required: the folder or hub id of a diffusion LM"),
+        (bool(c.data.path), "`data.path` is required: a file of prompts"),
+        (bool(c.run.output_dir), "`run.output_dir` is required: a folder for the results"),
+        (bool(c.reward.path or c.reward.functions), "a reward is required: set `reward.path` or `reward.functions`"),
+        (c.lora.r >= 1, f"`lora.r` must be at least 1, not {c.lora.r}"),
+        (0 <= c.lora.dropout < 1, f"`lora.dropout` must be in [0, 1), not {c.lora.dropout}"),
+        (bool(c.lora.targets), "`lora.targets` is empty: name at least one layer"),
+        (c.data.max_prompt_length >= 1, f"`data.max_prompt_length` must be at least 1, not {c.data.max_prompt_length}"),
+        (r.num_generations >= 1, f"`rollout.num_generations` must be at least 1, not {r.num_generations}"),
+        (
+            r.max_completion_length >= 1,
+            f"`rollout.max_completion_length` must be at least 1, not {r.max_completion_length}",
+        ),
+        (r.steps >= 1, f"`rollout.steps` must be at least 1, not {r.steps}"),
+        (
+            r.steps <= r.max_completion_length,
+            f"`rollout.steps` ({r.steps}) is more than `rollout.max_completion_length` ({r.max_completion_length}): "
+            "there would be steps with nothing to commit",
+        ),
+        (r.temperature > 0, f"`rollout.temperature` must be above 0, not {r.temperature}"),
+        (0 < r.top_p <= 1, f"`rollout.top_p` must be in (0, 1], not {r.top_p}"),
+        (r.top_k >= 0, f"`rollout.top_k` must be 0 (all) or more, not {r.top_k}"),
+        (r.position_temperature >= 0, f"`rollout.position_temperature` must not be negative: {r.position_temperature}"),
+        (
+            c.guidance.steps >= 1,
+            f"`guidance.steps` must be at least 1, not {c.guidance.steps} (`guidance.kind: none` turns it off)",
+        ),
+        (c.guidance.eta > 0, f"`guidance.eta` must be above 0, not {c.guidance.eta}"),
+        (
+            c.guidance.kind == "none" or bool(c.reward.path or c.guidance.path),
+            f"`guidance.kind: {c.guidance.kind}` needs a reward with a gradient: set `reward.path` or `guidance.path`; "
+            "Python functions have none",
+        ),
+        (
+            o.name == "likelihood" or r.num_generations >= 2,
+            f"`objective.advantage: {o.advantage}` compares completions within a group: "
+            "`rollout.num_generations` must be at least 2",
+        ),
+        (o.beta >= 0, f"`objective.beta` must not be negative: {o.beta}"),
+        (0 <= o.epsilon_low < 1, f"`objective.epsilon_low` must be in [0, 1), not {o.epsilon_low}"),
+        (o.epsilon_high >= 0, f"`objective.epsilon_high` must not be negative: {o.epsilon_high}"),
+        (o.iterations >= 1, f"`objective.iterations` must be at least 1, not {o.iterations}"),
+        (0 <= o.prompt_mask < 1, f"`objective.prompt_mask` must be in [0, 1), not {o.prompt_mask}"),
+        (c.optim.learning_rate > 0, f"`optim.learning_rate` must be above 0, not {c.optim.learning_rate}"),
+        (c.optim.warmup_steps >= 0, f"`optim.warmup_steps` must not be negative: {c.optim.warmup_steps}"),
+        (c.optim.max_grad_norm > 0, f"`optim.max_grad_norm` must be above 0, not {c.optim.max_grad_norm}"),
+        (c.run.steps >= 1, f"`run.steps` must be at least 1, not {c.run.steps}"),
+        (c.run.save_steps >= 0, f"`run.save_steps` must not be negative: {c.run.save_steps}"),
+        (c.run.eval_steps >= 0, f"`run.eval_steps` must not be negative: {c.run.eval_steps}"),
+        (c.run.keep_checkpoints >= 1, f"`run.keep_checkpoints` must be at least 1, not {c.run.keep_checkpoints}"),
+        (c.run.prompts_per_device >= 1, f"`run.prompts_per_device` must be at least 1, not {c.run.prompts_per_device}"),
+        (
+            c.run.gradient_accumulation_steps >= 1 and rows % c.run.gradient_accumulation_steps == 0,
+            f"`run.gradient_accumulation_steps` ({c.run.gradient_accumulation_steps}) must divide the "
+            f"{rows} rows of a process (prompts_per_device x num_generations)",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)

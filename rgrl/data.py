@@ -1,0 +1,88 @@
+"""Prompts, and which of them a step sees. The batch is a function of an integer, so resuming is an integer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rgrl.config import ConfigError, DataConfig
+from rgrl.seeds import generator
+from rgrl.types import Prompts
+
+
+class PromptStream:
+    """An endless, shuffled-by-epoch sequence of prompts, dealt out to ranks step by step."""
+
+    def __init__(self, prompts: Prompts, seed: int, per_rank: int, ranks: int) -> None:
+        self.prompts, self.seed, self.per_rank, self.ranks = prompts, seed, per_rank, ranks
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def batch(self, step: int, rank: int) -> Prompts:
+        """This rank's P prompts of `step`; every prompt comes once an epoch, whatever the number of ranks."""
+        first = (step * self.ranks + rank) * self.per_rank
+        chosen = [self._at(i) for i in range(first, first + self.per_rank)]
+        return Prompts([self.prompts.texts[i] for i in chosen], [self.prompts.rows[i] for i in chosen])
+
+    def _at(self, i: int) -> int:
+        epoch, place = divmod(i, len(self.prompts))
+        if epoch != self._epoch:
+            self._order = torch.randperm(len(self.prompts), generator=generator(self.seed, epoch, 0, "order"))
+            self._epoch = epoch
+        return int(self._order[place])
+
+
+def load_prompts(path: str, config: DataConfig) -> Prompts:
+    """Read prompts from a file, a saved data set or the hub. Raises `ConfigError`."""
+    rows = _read_rows(path, config.split)
+    if not rows:
+        raise ConfigError(f"{path} has no rows: expected at least one prompt")
+    if config.column not in rows[0]:
+        raise ConfigError(f"{path} has no column {config.column!r}; it has {', '.join(rows[0])}")
+    return Prompts([_first_turn(row.get(config.column), i, path) for i, row in enumerate(rows)], rows)
+
+
+def _first_turn(value: Any, i: int, path: str) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{path}: row {i} has no prompt text")
+    return value
+
+
+def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
+    file = Path(path)
+    if file.suffix in (".txt", ".jsonl"):
+        if not file.is_file():
+            raise ConfigError(f"data file {path}: no such file")
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if file.suffix == ".txt":
+            return [{"prompt": line} for line in lines]
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}: line {number} is not JSON") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}: line {number} is not a JSON object")
+            rows.append(row)
+        return rows
+    if file.suffix in (".json", ".csv", ".parquet") and not file.is_file():
+        raise ConfigError(f"data file {path}: no such file")
+    import datasets  # only for what the standard library does not read
+
+    if file.is_file():
+        kind = file.suffix.removeprefix(".")
+        if kind not in ("json", "csv", "parquet"):
+            raise ConfigError(f"data file {path}: expected .jsonl, .json, .csv, .parquet or .txt")
+        return list(datasets.load_dataset(kind, data_files=path, split="train"))
+    if file.is_dir():
+        saved = datasets.load_from_disk(path)
+        return list(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)
+    if path.startswith((".", "/")) or path.count("/") > 1:
+        raise ConfigError(f"data {path}: no such file or folder")
+    try:
+        return list(datasets.load_dataset(path, split=split))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data {path}: neither a file nor to be had from the hub ({type(error).__name__})") from error

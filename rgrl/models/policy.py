@@ -1,0 +1,211 @@
+"""The diffusion LM behind one contract: text in, logits for hidden tokens out. Callers never see a family."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rgrl.config import ConfigError, ModelConfig
+from rgrl.models.families import Family, find_family
+
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def fetch_checkpoint(path: str, what: str) -> Path:
+    """A local checkpoint folder as it is, or a hub id downloaded (weights in safetensors only).
+
+    Raises `ConfigError` when there is neither.
+    """
+    folder = Path(path)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{what} {path} has no config.json; expected a checkpoint folder")
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise ConfigError(f"{what} {path}: no such folder")
+    try:
+        return Path(snapshot_download(path, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{what} {path}: neither a folder nor to be had from the hub ({type(error).__name__})"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises `ConfigError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not readable JSON") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    else:
+        names = [path.name for path in folder.glob("*.safetensors")]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise ConfigError(f"{folder} has no weights: expected {', '.join(missing) or 'model.safetensors'}")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights.update(load_file(folder / name))
+    return weights
+
+
+class Policy(nn.Module):
+    """A masked diffusion LM, its tokenizer and its token ids.
+
+    `vocab_size` V counts the tokens that can be decoded; a model's table may have more rows, which are
+    never projected and so never sampled.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family, mask_id: int
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.peft_model: PeftModel | None = None
+        self.tokenizer = tokenizer
+        self.family = family
+        self.mask_id = mask_id
+        self.path = path  # where it was loaded from, for the adapter's own config
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the policy's tokenizer has no end-of-text token")
+        self.eos_id: int = tokenizer.eos_token_id
+        turn = tokenizer.convert_tokens_to_ids(family.end_of_turn)
+        known = turn is not None and turn != tokenizer.unk_token_id and turn != self.eos_id
+        self.end_ids: tuple[int, ...] = (self.eos_id, turn) if known else (self.eos_id,)
+        self.vocab_size = min(len(tokenizer), causal_lm.config.vocab_size)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = family.chat_template
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.lm_head.weight.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest canvas, in tokens, that the model has positions for."""
+        return self.causal_lm.config.max_position_embeddings
+
+    def logits(self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores of the token at each position: logits_BLV, or with `at` (bool, BL) logits_NV in row-major order.
+
+        `canvas_BL` holds token ids, `attention_BL` is False on padding. Position l scores token l in every
+        family, and the mask token itself scores -inf: it is never written. Float32.
+        """
+        # Rotary positions are relative, so counting real tokens from 0 suits every family and makes padding inert.
+        position_BL = (attention_BL.long().cumsum(1) - 1).clamp(min=0)
+        states_BLH = self.causal_lm.model(
+            input_ids=canvas_BL, attention_mask=attention_BL.long(), position_ids=position_BL, use_cache=False
+        ).last_hidden_state
+        if self.family.shifted:  # a row's first token has no state before it and uses its own
+            before_BLH = torch.cat([states_BLH[:, :1], states_BLH[:, :-1]], dim=1)
+            states_BLH = torch.where((position_BL == 0)[..., None], states_BLH, before_BLH)
+        states = states_BLH if at is None else states_BLH[at]
+        logits = F.linear(states, self.causal_lm.lm_head.weight[: self.vocab_size]).float()
+        return logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), float("-inf"))
+
+    forward = logits
+
+    def reference(self) -> AbstractContextManager:
+        """Within it, the adapter is off: the frozen base model."""
+        return self.peft_model.disable_adapter() if self.peft_model is not None else nullcontext()
+
+    def encode_prompts(self, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
+        """Chat-formatted prompts, left-padded: prompt_BL int64 and attention_BL bool, on the model's device.
+
+        Raises `ConfigError` for a prompt of more than `limit` tokens.
+        """
+        formatted = [self.format_prompt(text) for text in texts]
+        rows = self.tokenizer(formatted, add_special_tokens=False)["input_ids"]
+        for text, ids in zip(texts, rows, strict=True):
+            if len(ids) > limit:
+                raise ConfigError(
+                    f"a prompt has {len(ids)} tokens, more than `data.max_prompt_length` = {limit}: {text[:60]!r}"
+                )
+        width = max(len(ids) for ids in rows)
+        prompt_BL = torch.full((len(rows), width), self.eos_id)
+        attention_BL = torch.zeros_like(prompt_BL, dtype=torch.bool)
+        for i, ids in enumerate(rows):
+            prompt_BL[i, width - len(ids) :] = torch.tensor(ids)
+            attention_BL[i, width - len(ids) :] = True
+        return prompt_BL.to(self.device), attention_BL.to(self.device)
+
+    def format_prompt(self, text: str) -> str:
+        """One user turn in the model's chat format, ready for the answer."""
+        turn = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+
+    def is_end(self, ids: Tensor) -> Tensor:
+        """True where a token ends the completion."""
+        ended = ids == self.end_ids[0]
+        for end_id in self.end_ids[1:]:
+            ended = ended | (ids == end_id)
+        return ended
+
+    def decode(self, completion_BC: Tensor) -> list[str]:
+        """Text of each completion up to its first end token."""
+        ended_BC = self.is_end(completion_BC).cumsum(1) > 0
+        return [
+            self.tokenizer.decode(ids[~ended].tolist(), skip_special_tokens=True)
+            for ids, ended in zip(completion_BC, ended_BC, strict=True)
+        ]
+
+
+def load_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Policy:
+    """Load a checkpoint of a known family from a folder or the hub, frozen and in evaluation mode.
+
+    Raises `ConfigError` for an unknown family, absent or ill-fitting weights, or a tokenizer without a mask.
+    """
+    folder = fetch_checkpoint(config.path, "model.path")
+    raw = read_json(folder / "config.json")
+    family = find_family(raw.get("model_type"), config.family)
+    try:
+        tokenizer = family.load_tokenizer(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder} has no tokenizer that reads as {family.name}'s") from error
+    mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
+    if mask_id is None:
+        raise ConfigError(f"{folder}: neither config.json nor the tokenizer names a mask token")
+    qwen_or_llama = family.make_config(raw)
+    qwen_or_llama.is_causal = False
+    weights = {family.rename(name): tensor for name, tensor in _read_weights(folder).items()}
+    causal_lm = _fill(family, qwen_or_llama, weights, getattr(torch, config.dtype), folder)
+    policy = Policy(causal_lm.to(device), tokenizer, family, mask_id, config.path)
+    return policy.requires_grad_(False).eval()
+
+
+def _fill(
+    family: Family, config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> PreTrainedModel:
+    tied = config.tie_word_embeddings
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
+    if tied:
+        expected.pop("lm_head.weight", None)
+        weights.pop("lm_head.weight", None)
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    if missing or extra:
+        raise ConfigError(
+            f"{folder}: the weights don't fit config.json; {len(missing)} missing (first: {(missing or ['-'])[0]}), "
+            f"{len(extra)} unknown (first: {(extra or ['-'])[0]})"
+        )
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ConfigError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json implies {shape}")
+    return family.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)

@@ -1,0 +1,183 @@
+"""A reward model from transformers: one number for a prompt and its completion, with a gradient."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rgrl.config import ConfigError
+from rgrl.models.policy import fetch_checkpoint
+from rgrl.rewards.bridge import bridge_embeddings
+from rgrl.types import Prompts
+
+_MARK = "\u241f"  # stands for the completion while the chat template is cut in two
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids_BL and attention_BL (bool) of token rows of different lengths."""
+    width = max(map(len, rows))
+    ids_BL = torch.zeros(len(rows), width, dtype=torch.long)
+    attention_BL = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, ids in enumerate(rows):
+        ids_BL[i, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        attention_BL[i, width - len(ids) :] = True
+    return ids_BL.to(device), attention_BL.to(device)
+
+
+def count_positions(attention_BL: Tensor) -> Tensor:
+    """Position ids that count attended tokens only, so that padding is inert."""
+    return (attention_BL.long().cumsum(1) - 1).clamp(min=0)
+
+
+class ClassifierReward(nn.Module):
+    """`AutoModelForSequenceClassification` with one label, frozen; it scores text and guides through embeddings."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.embedding_VD: Tensor | None = None
+        self.bridge_share: dict[str, float] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def bind(self, policy_tokenizer: PreTrainedTokenizerBase, vocab_size: int, mode: str) -> None:
+        """Lay out this model's input embeddings in the policy's vocabulary, as guiding needs."""
+        table_UD = self.model.get_input_embeddings().weight.detach()
+        self.embedding_VD, self.bridge_share = bridge_embeddings(
+            policy_tokenizer, self.tokenizer, table_UD, vocab_size, mode
+        )
+
+    def frame(self, prompt: str) -> tuple[str, str]:
+        """What stands before and after the completion, by the model's chat template where it has one."""
+        if not self.tokenizer.chat_template:
+            return prompt + "\n", ""
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
+        before, _, after = self.tokenizer.apply_chat_template(turns, tokenize=False).partition(_MARK)
+        return before, after
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts, completions: list[str]) -> Tensor:
+        """r_B, float32: the model's reading of prompt, completion and template as plain text tokens."""
+        rows = []
+        for prompt, completion in zip(prompts.texts, completions, strict=True):
+            before, after = self.frame(prompt)
+            rows.append(self._ids(before) + self._ids(completion) + self._ids(after))
+        ids_BL, attention_BL = pad_left(rows, self.device)
+        return self._read(self.model.get_input_embeddings()(ids_BL), attention_BL)
+
+    def _read(self, embeds_BLD: Tensor, attention_BL: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """The score at each row's last attended position; `attention_BL` covers cached positions too."""
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        new = embeds_BLD.shape[1]
+        states_BLD = backbone(
+            inputs_embeds=embeds_BLD,
+            attention_mask=attention_BL.long(),
+            position_ids=count_positions(attention_BL)[:, -new:],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        index_L = torch.arange(new, device=embeds_BLD.device)
+        last_B = torch.where(attention_BL[:, -new:], index_L, -1).amax(1)
+        state_BD = states_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
+        return self.model.score(state_BD)[:, 0].float()
+
+    def guide_for(self, prompts: Prompts) -> "GuideSession":
+        """A session for one rollout: the prompts' prefix is read once and its keys and values are kept."""
+        return GuideSession(self, prompts)
+
+    def from_embeddings(self, response_BCD: Tensor, attention_BC: Tensor, prompts: Prompts) -> Tensor:
+        """r_B of responses given as embeddings, with gradient; equals `score` where they spell the same tokens."""
+        return self.guide_for(prompts)(response_BCD, attention_BC)
+
+
+class GuideSession:
+    """Scores embedded responses to fixed prompts: (response_BCD, attention_BC) -> r_B, float32, differentiable.
+
+    The prefix does not depend on the completion and the model is causal, so its keys and values are exact
+    for every call. They are computed once per distinct prompt.
+    """
+
+    def __init__(self, reward: ClassifierReward, prompts: Prompts) -> None:
+        self.reward = reward
+        backbone = getattr(reward.model, reward.model.base_model_prefix)
+        frames = [reward.frame(text) for text in prompts.texts]
+        prefixes = [reward._ids(before) for before, _ in frames]
+        suffix = reward._ids(frames[0][1])  # a template's ending is the same for every prompt
+        unique = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prefixes)))}
+        ids_UL, attention_UL = pad_left(list(unique), reward.device)
+        which_B = torch.tensor([unique[tuple(ids)] for ids in prefixes], device=reward.device)
+        with torch.no_grad():
+            embeds_ULD = reward.model.get_input_embeddings()(ids_UL)
+            suffix_SD = reward.model.get_input_embeddings()(
+                torch.tensor(suffix, dtype=torch.long, device=reward.device)
+            )
+            cache = DynamicCache(config=reward.model.config)
+            if ids_UL.shape[1] > 1:
+                backbone(
+                    inputs_embeds=embeds_ULD[:, :-1],
+                    attention_mask=attention_UL[:, :-1].long(),
+                    position_ids=count_positions(attention_UL)[:, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        self.layers = [(layer.keys[which_B], layer.values[which_B]) for layer in cache.layers if layer.is_initialized]
+        # The prefix's last token is read anew each time, so that an empty response has a position to be scored at.
+        self.start_B1D = embeds_ULD[which_B, -1:]
+        self.suffix_BSD = suffix_SD[None].expand(len(prefixes), -1, -1)
+        self.prefix_BL = attention_UL[which_B]
+        self.suffix_BS = torch.ones(self.suffix_BSD.shape[:2], dtype=torch.bool, device=reward.device)
+
+    def __call__(self, response_BCD: Tensor, attention_BC: Tensor) -> Tensor:
+        cache = DynamicCache(config=self.reward.model.config)
+        for i, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, i)
+        embeds_BLD = torch.cat([self.start_B1D, response_BCD.to(self.start_B1D.dtype), self.suffix_BSD], 1)
+        return self.reward._read(embeds_BLD, torch.cat([self.prefix_BL, attention_BC, self.suffix_BS], 1), cache)
+
+
+def load_classifier(
+    path: str, device: torch.device | str, dtype: str = "float32", adapter: str | None = None, name: str = "model"
+) -> ClassifierReward:
+    """Load a one-label sequence classifier (with `adapter` merged) from a folder or the hub.
+
+    Raises `ConfigError` for anything that is not one.
+    """
+    folder = fetch_checkpoint(path, "reward model")
+    config = AutoConfig.from_pretrained(folder)
+    if config.num_labels != 1:
+        raise ConfigError(f"reward model {path} has {config.num_labels} labels; a reward model has exactly 1")
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"reward model {path} has no weights: expected model.safetensors")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"reward model {path} has no tokenizer that transformers can load") from error
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"reward model {path} lacks the weights {sorted(info['missing_keys'])[0]} and so has no score"
+        )
+    if adapter is not None:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ConfigError(f"`reward.adapter` {adapter}: no adapter_config.json there")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return ClassifierReward(model.to(device), tokenizer, name)

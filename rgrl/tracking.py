@@ -1,0 +1,123 @@
+"""Where numbers go: `metrics.jsonl` always, W&B in its own mode, tables of completions in both."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rgrl.config import Config, to_dict
+
+METRICS = {
+    "reward": "mean total reward of the rollouts that trained this step (guided, if guidance is on)",
+    "reward_std": "mean over groups of the standard deviation of total reward within the group",
+    "rewards/<name>/mean": "mean of one part of the reward, unweighted",
+    "rewards/<name>/std": "standard deviation of that part over all rows",
+    "frac_reward_zero_std": "share of groups whose rewards are all equal; they teach nothing",
+    "completions/mean_length": "tokens up to and including the first end token; also min_ and max_",
+    "completions/clipped_ratio": "share of rows without an end token",
+    "kl": "k3 estimate of KL(policy || base), nats per token (per row and token for `likelihood`)",
+    "clip_ratio/low": "share of tokens whose ratio was clipped from below; also /high",
+    "ratio": "mean of exp(l - l_old); exactly 1 at the first update of a rollout",
+    "entropy": "-mean log-probability of committed tokens under the sampler's own (unguided) distribution, nats",
+    "loss": "loss of the last update of this step",
+    "grad_norm": "global norm of the gradient before clipping",
+    "learning_rate": "rate used by the last update",
+    "update/skipped": "updates of this step skipped for a gradient that was not finite",
+    "num_tokens": "completion tokens rolled out since the start of the run",
+    "guidance/changed": "share of committed tokens where guidance changed the most likely token",
+    "guidance/delta_logp": "mean log-probability under the guided minus under the policy's own distribution, nats",
+    "guidance/outside_support": "share of committed tokens outside the policy's own top-p/top-k support",
+    "eval/reward": "mean reward of unguided completions of the eval prompts; eval/reward_std over samples",
+    "eval/judge": "the same under the judge, which is never trained against; eval/judge_std over samples",
+    "eval/distinct_2": "distinct word pairs divided by all word pairs, over all eval completions",
+    "eval/base_nll": "nats per token of those completions under the frozen base, at mask rates .25, .5, .75",
+    "eval/length": "mean tokens of those completions",
+    "step_time": "seconds of wall clock for the step",
+    "time/rollout": "seconds in the phase; also time/reward, time/update, time/eval, time/checkpoint",
+}
+TIMING = ("step_time", "time/")  # the metrics that two identical runs may differ in
+
+
+class Tracker:
+    """The main process's record of a run; on other processes every method does nothing.
+
+    `start_step` is the step resumed from: lines after it, left by a run that was killed, are dropped.
+    """
+
+    def __init__(self, config: Config, start_step: int, enabled: bool) -> None:
+        self.enabled, self.wandb = enabled, None
+        if not enabled:
+            return
+        self.folder = Path(config.run.output_dir)
+        (self.folder / "completions").mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= start_step] if start_step else []
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+        if config.tracking.wandb:
+            self.wandb = _start_wandb(config)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line, flushed to disk; numbers that are not finite are written as null."""
+        if not self.enabled:
+            return
+        clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **clean}) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        if self.wandb is not None:
+            self.wandb.log(clean, step=step)
+
+    def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
+        """Save `completions/NAME_STEP.parquet`, and the same table to W&B."""
+        if not self.enabled or not rows:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), self.folder / "completions" / f"{name}_{step:06d}.parquet")
+        if self.wandb is not None:
+            import wandb
+
+            columns = list(rows[0])
+            data = [[row[c] for c in columns] for row in rows]
+            self.wandb.log({f"completions/{name}": wandb.Table(columns=columns, data=data)}, step=step)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _start_wandb(config: Config) -> Any:
+    import wandb
+
+    folder = Path(config.run.output_dir)
+    id_file = folder / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    asked = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode not in (None, "online", "shared")
+    mode = None if asked or wandb.api.api_key else "offline"
+    return wandb.init(
+        project=config.tracking.project,
+        name=config.tracking.name or folder.name,
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config=to_dict(config),
+        mode=mode,
+        settings=wandb.Settings(silent=True),
+    )

@@ -1,0 +1,360 @@
+"""One RGRL step, readable top to bottom: `rollout_step`, then `update_step`; `train` repeats them.
+
+Every process holds the whole frozen model and the same adapter, rolls out its own prompts, and exchanges
+nothing but adapter gradients and a handful of sums.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rgrl.advantages import ADVANTAGES, zero_spread
+from rgrl.checkpoint import Progress, check_compatible, find_checkpoint, load, save
+from rgrl.config import Config, ConfigError, to_dict
+from rgrl.data import PromptStream, load_prompts
+from rgrl.denoise import DenoiseStats, Guide, denoise
+from rgrl.evaluation import evaluate
+from rgrl.logprobs import ESTIMATORS
+from rgrl.models import Policy, add_lora, load_policy
+from rgrl.models.lora import adapter_parameters, check_gradients
+from rgrl.objectives import OBJECTIVES
+from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
+from rgrl.seeds import generator
+from rgrl.tracking import Tracker
+from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
+
+MAX_SKIPPED = 10  # updates in a row with a gradient that is not finite, after which a run stops
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of, loaded and checked before any long work."""
+
+    config: Config
+    accelerator: Accelerator
+    policy: Policy
+    rewards: Rewards
+    guide: ClassifierReward | None
+    judge: ClassifierReward | None
+    stream: PromptStream
+    eval_prompts: Prompts | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
+@dataclass
+class Scored:
+    """A rollout with its text, its reward and its advantages."""
+
+    prompts: Prompts  # B, each prompt G times
+    rollout: Rollout
+    completions: list[str]
+    reward_B: Tensor
+    parts: dict[str, Tensor]
+    advantage_B: Tensor
+    metrics: dict[str, float]
+
+
+class Clock:
+    """Seconds spent in each phase of a step, as `time/NAME`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        key = f"time/{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+def train(config: Config) -> tuple[Path, bool]:
+    """Run or resume the training that `config` describes; returns its output folder, and if this is the main process.
+
+    Raises `ConfigError` for bad input, before any long work starts.
+    """
+    accelerator = Accelerator()
+    resume = find_checkpoint(config)
+    if resume is not None:
+        check_compatible(resume, config, accelerator.num_processes)
+    parts = set_up(config, accelerator)
+    progress = load(resume, accelerator, parts.policy, parts.optimizer, parts.schedule) if resume else Progress()
+    output = Path(config.run.output_dir)
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    tracker = Tracker(config, progress.step, accelerator.is_main_process)
+    bar = tqdm(
+        total=config.run.steps, initial=progress.step, disable=not accelerator.is_main_process, desc="rgrl", unit="step"
+    )
+    if parts.eval_prompts is not None and progress.step == 0:
+        tracker.log(0, run_eval(parts, tracker, 0, Clock()))
+
+    while progress.step < config.run.steps:
+        step, started, clock = progress.step, time.perf_counter(), Clock()
+        scored = rollout_step(parts, step, clock)
+        metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
+        progress.step += 1
+        progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
+        metrics["num_tokens"] = progress.num_tokens
+        if due(progress.step, config.tracking.completions_steps, config.run.steps):
+            tracker.table(progress.step, "train", completion_rows(scored))
+        if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
+            metrics |= run_eval(parts, tracker, progress.step, clock)
+        metrics["step_time"] = time.perf_counter() - started
+        # The line is on disk before the checkpoint that follows it: a resumed run drops lines, it never lacks one.
+        tracker.log(progress.step, metrics | clock.seconds)
+        if due(progress.step, config.run.save_steps, config.run.steps):
+            save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}")
+        bar.update()
+    bar.close()
+    tracker.close()
+    accelerator.end_training()
+    return output, accelerator.is_main_process
+
+
+def set_up(config: Config, accelerator: Accelerator) -> Parts:
+    """Load every part and check what only the parts together can tell. Raises `ConfigError`."""
+    device = accelerator.device
+    for what, name, known in (
+        ("objective", config.objective.name, OBJECTIVES),
+        ("estimator", config.objective.estimator, ESTIMATORS),
+        ("advantage", config.objective.advantage, ADVANTAGES),
+    ):
+        resolve(name, what, known)
+    prompts = load_prompts(config.data.path, config.data)
+    eval_prompts = None
+    if config.data.eval_path is not None and config.run.eval_steps:
+        every = load_prompts(config.data.eval_path, config.data)
+        n = config.data.eval_prompts
+        eval_prompts = Prompts(every.texts[:n], every.rows[:n])
+    policy = load_policy(config.model, device)
+    texts = prompts.texts + (eval_prompts.texts if eval_prompts is not None else [])
+    longest = policy.encode_prompts(texts, config.data.max_prompt_length)[0].shape[1]
+    if longest + config.rollout.max_completion_length > policy.max_length:
+        raise ConfigError(
+            f"`rollout.max_completion_length` {config.rollout.max_completion_length} after a prompt of {longest} "
+            f"tokens is beyond the model's {policy.max_length} positions"
+        )
+    rewards, guide = load_rewards(config, device)
+    if guide is not None:
+        guide.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
+    judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
+    add_lora(policy, config.lora, config.run.seed)
+    check_gradients(policy)
+    if config.run.gradient_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = list(adapter_parameters(policy).values())
+    o = config.optim
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
+    updates = config.run.steps * config.objective.iterations
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: rate_at(n, updates, o.warmup_steps, o.schedule))
+    stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
+    return Parts(config, accelerator, policy, rewards, guide, judge, stream, eval_prompts, optimizer, schedule)
+
+
+def rate_at(update: int, updates: int, warmup: int, schedule: str) -> float:
+    """Learning rate of an update as a share of the peak: linear warm-up, then the schedule down to 0."""
+    if update < warmup:
+        return (update + 1) / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    if schedule == "linear":
+        return max(0.0, 1 - done)
+    if schedule == "cosine":
+        return 0.5 * (1 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi))))
+    return 1.0
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def rollout_step(parts: Parts, step: int, clock: Clock) -> Scored:
+    """Roll out G completions for each of this rank's prompts, score them, and compare them within groups."""
+    config, policy, accelerator = parts.config, parts.policy, parts.accelerator
+    G = config.rollout.num_generations
+    prompts = parts.stream.batch(step, accelerator.process_index).repeat(G)
+    stats = DenoiseStats()
+    with clock.phase("rollout"):
+        prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
+        guidance = None
+        if parts.guide is not None and parts.guide.embedding_VD is not None:
+            guidance = Guide(
+                parts.guide.guide_for(prompts), parts.guide.embedding_VD, config.guidance, config.reward.attend_eos
+            )
+        rollout = denoise(
+            policy.logits,
+            prompt_BL,
+            attention_BL,
+            policy.mask_id,
+            policy.is_end,
+            config.rollout,
+            generator(config.run.seed, step, accelerator.process_index, "rollout", policy.device),
+            guidance,
+            stats,
+        )
+    with clock.phase("reward"):
+        completions = policy.decode(rollout.completion_BC)
+        reward_B, reward_parts = parts.rewards.score(prompts, completions)
+        advantage = resolve(config.objective.advantage, "advantage", ADVANTAGES)
+        advantage_B = advantage(reward_B, G) if G > 1 else torch.zeros_like(reward_B)
+    metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
+    if stats.changed:
+        metrics["guidance/changed"] = _mean(accelerator, torch.tensor([stats.changed_share()]))
+    return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
+
+
+def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clock: Clock) -> dict[str, float]:
+    """Update the adapter `objective.iterations` times on one rollout; returns metrics of the last update."""
+    config, policy, accelerator = parts.config, parts.policy, parts.accelerator
+    objective = resolve(config.objective.name, "objective", OBJECTIVES)
+    estimator = resolve(config.objective.estimator, "estimator", ESTIMATORS)
+    rollout, parameters = scored.rollout, list(adapter_parameters(policy).values())
+    B = rollout.canvas_BL.shape[0]
+    size = B // config.run.gradient_accumulation_steps
+    micro = [slice(i, i + size) for i in range(0, B, size)]
+    needs = objective.needs | ({"ref"} if config.objective.beta > 0 else set())
+
+    def estimate(rows: slice) -> Tensor:
+        return estimator.estimate(policy.logits, take(rollout, rows), noise.rows(rows), policy.mask_id)
+
+    with clock.phase("update"):
+        rng = generator(config.run.seed, step, accelerator.process_index, "noise", policy.device)
+        noise: NoiseDraw = estimator.draw(rollout, config.objective, rng)
+        old: list[Tensor | None] = [None] * len(micro)
+        ref: list[Tensor | None] = [None] * len(micro)
+        with torch.no_grad():
+            if "old" in needs:
+                old = [estimate(rows) for rows in micro]
+            if "ref" in needs:
+                with policy.reference():
+                    ref = [estimate(rows) for rows in micro]
+        metrics: dict[str, float] = {"update/skipped": 0.0}
+        for _ in range(config.objective.iterations):
+            sums: dict[str, Tensor] = {}
+            policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
+            for rows, old_logp_BC, ref_logp_BC in zip(micro, old, ref, strict=True):
+                out = objective.loss(
+                    LossInputs(
+                        logp_BC=estimate(rows),
+                        mask_BC=rollout.completion_mask_BC[rows],
+                        advantage_B=scored.advantage_B[rows],
+                        old_logp_BC=old_logp_BC,
+                        ref_logp_BC=ref_logp_BC,
+                        behaviour_logp_BC=rollout.behaviour_logp_BC[rows],
+                        policy_logp_BC=rollout.policy_logp_BC[rows],
+                    ),
+                    config.objective,
+                )
+                out.loss_sum.backward()
+                for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value.detach()
+            policy.eval()
+            totals = dict(zip(sums, _reduce(accelerator, torch.stack(list(sums.values()))), strict=True))
+            count = totals.pop("n").clamp(min=1.0)
+            share_gradients(accelerator, parameters, count)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+            if bool(norm.isfinite()):
+                parts.optimizer.step()
+                progress.skipped_in_a_row = 0
+            else:
+                metrics["update/skipped"] += 1
+                progress.skipped_in_a_row += 1
+                if progress.skipped_in_a_row >= MAX_SKIPPED:
+                    raise FloatingPointError(f"the gradient was not finite in {MAX_SKIPPED} updates in a row; stopped")
+            metrics["learning_rate"] = parts.schedule.get_last_lr()[0]
+            parts.optimizer.zero_grad(set_to_none=True)
+            parts.schedule.step()
+            metrics |= {name: float(total / count) for name, total in totals.items()}
+            metrics["grad_norm"] = float(norm)
+    return metrics
+
+
+def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], count: Tensor) -> None:
+    """Sum gradients over ranks and divide by the global `count`: one flat exchange of adapter size."""
+    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
+    flat = _reduce(accelerator, flat) / count
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+
+
+def take(rollout: Rollout, rows: slice) -> Rollout:
+    return Rollout(**{name: value[rows] for name, value in vars(rollout).items()})
+
+
+def rollout_metrics(
+    accelerator: Accelerator,
+    rollout: Rollout,
+    is_end: Callable[[Tensor], Tensor],
+    reward_B: Tensor,
+    parts: dict[str, Tensor],
+    G: int,
+) -> dict[str, float]:
+    """What the glossary in tracking.py says of rewards, lengths and guidance, over all ranks."""
+    mask_BC = rollout.completion_mask_BC
+    length_B = mask_BC.sum(1).float()
+    inside_BC = mask_BC & rollout.policy_logp_BC.isfinite()
+    delta_BC = torch.where(inside_BC, rollout.behaviour_logp_BC - rollout.policy_logp_BC, 0.0)
+    entropy_BC = torch.where(inside_BC, -rollout.policy_logp_BC, 0.0)
+    clipped_B = ~is_end(rollout.completion_BC).any(1)
+    all_B = accelerator.gather(reward_B.to(accelerator.device))
+    lengths_B = accelerator.gather(length_B)
+    metrics = {
+        "reward": all_B.mean().item(),
+        "reward_std": all_B.view(-1, G).std(1, correction=0).mean().item(),
+        "frac_reward_zero_std": zero_spread(all_B, G).float().mean().item(),
+        "completions/mean_length": lengths_B.mean().item(),
+        "completions/min_length": lengths_B.min().item(),
+        "completions/max_length": lengths_B.max().item(),
+        "completions/clipped_ratio": _mean(accelerator, clipped_B.float()),
+        "entropy": _sum(accelerator, entropy_BC.sum()) / max(1.0, _sum(accelerator, inside_BC.sum().float())),
+        "guidance/delta_logp": _sum(accelerator, delta_BC.sum()) / max(1.0, _sum(accelerator, inside_BC.sum().float())),
+        "guidance/outside_support": 1 - _sum(accelerator, inside_BC.sum().float()) / lengths_B.sum().item(),
+    }
+    for name, part_B in parts.items():
+        everywhere_B = accelerator.gather(part_B.to(accelerator.device))
+        metrics[f"rewards/{name}/mean"] = everywhere_B.mean().item()
+        metrics[f"rewards/{name}/std"] = everywhere_B.std(correction=0).item()
+    return metrics
+
+
+def completion_rows(scored: Scored) -> list[dict]:
+    """This rank's completions as rows of a table."""
+    return [
+        {"prompt": prompt, "completion": text, "reward": r, "advantage": a}
+        for prompt, text, r, a in zip(
+            scored.prompts.texts, scored.completions, scored.reward_B.tolist(), scored.advantage_B.tolist(), strict=True
+        )
+    ]
+
+
+def run_eval(parts: Parts, tracker: Tracker, step: int, clock: Clock) -> dict[str, float]:
+    assert parts.eval_prompts is not None
+    with clock.phase("eval"):
+        result = evaluate(parts.config, parts.accelerator, parts.policy, parts.rewards, parts.judge, parts.eval_prompts)
+        tracker.table(step, "eval", result.rows)
+    return result.metrics
+
+
+def _reduce(accelerator: Accelerator, value: Tensor) -> Tensor:
+    return accelerator.reduce(value, "sum") if accelerator.num_processes > 1 else value
+
+
+def _sum(accelerator: Accelerator, value: Tensor) -> float:
+    return float(_reduce(accelerator, value.to(accelerator.device)))
+
+
+def _mean(accelerator: Accelerator, value_B: Tensor) -> float:
+    return _sum(accelerator, value_B.mean()) / accelerator.num_processes
