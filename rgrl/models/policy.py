@@ -73,7 +73,7 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family, mask_id: int
+        self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family, mask_id: int, path: str
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
