@@ -10,13 +10,26 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import corpus
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
+
+from rgrl.config import ModelConfig, RolloutConfig
+from rgrl.denoise import denoise
+from rgrl.models import load_policy
+from rgrl.rewards.classifier import load_classifier, pad_left
+from rgrl.types import Prompts
 
 HERE = Path(__file__).parent
 SEED = 20602
@@ -265,6 +278,231 @@ def policy_figures(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, texts: li
     return figures
 
 
+# --------------------------------------------------------------------------------- reward model and judge
+@dataclass(frozen=True)
+class RewardRecipe:
+    """What distinguishes the judge from the reward model: ratings, seed, size, and the corruptions it has seen."""
+
+    name: str
+    half: int
+    seed: int
+    width: int
+    layers: int
+    steps: int
+    corruptions: tuple[Callable[[random.Random, str, str], str], ...]
+    sampler: dict[str, object]  # how the policy's own samples that it learns to tell from real text were drawn
+
+
+def loop_tail(rng: random.Random, text: str, other: str) -> str:
+    """One to three words of the text over and over."""
+    words, n = text.split(), rng.randint(1, 3)
+    start = rng.randint(0, max(0, len(words) - n))
+    keep = rng.randint(0, len(words) // 2)
+    loop = words[start : start + n] * len(words)
+    return " ".join((words[:keep] + loop)[: max(len(words), 6)])
+
+
+def stutter(rng: random.Random, text: str, other: str) -> str:
+    """Some words doubled or tripled where they stand."""
+    return " ".join(w for word in text.split() for w in [word] * rng.choice((1, 1, 2, 3)))
+
+
+def shuffle_all(rng: random.Random, text: str, other: str) -> str:
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
+
+
+def shuffle_near(rng: random.Random, text: str, other: str) -> str:
+    """Words moved by up to three places."""
+    words = text.split()
+    order = sorted(range(len(words)), key=lambda i: i + rng.uniform(0, 4))
+    return " ".join(words[i] for i in order)
+
+
+def splice(rng: random.Random, text: str, other: str) -> str:
+    """The first half of one text, cut mid-clause, and the second half of another."""
+    a, b = text.split(), other.split()
+    return " ".join(a[: rng.randint(2, max(2, len(a) - 2))] + b[rng.randint(1, max(1, len(b) - 2)) :])
+
+
+def sprinkle(rng: random.Random, text: str, other: str) -> str:
+    """A third of the words replaced by words of another text."""
+    words, b = text.split(), other.split()
+    return " ".join(rng.choice(b) if rng.random() < 0.35 else word for word in words)
+
+
+def phrases(rng: random.Random, text: str, other: str) -> str:
+    """Two-word pieces of two texts in turn: loops of plausible phrases that go nowhere."""
+    a, b = text.split(), other.split()
+    pieces = [words[i : i + 2] for words in (a, b) for i in range(0, len(words) - 1, 2)]
+    rng.shuffle(pieces)
+    return " ".join(word for piece in pieces[: max(3, len(a) // 2)] for word in piece)
+
+
+REWARD = RewardRecipe(
+    "reward",
+    0,
+    31,
+    192,
+    4,
+    1600,
+    (loop_tail, shuffle_all, splice),
+    {"temperature": 1.0, "steps": 16, "confidence": "entropy"},
+)
+JUDGE = RewardRecipe(
+    "judge",
+    1,
+    47,
+    160,
+    4,
+    1400,
+    (stutter, shuffle_near, sprinkle, phrases, loop_tail),
+    {"temperature": 0.8, "steps": 8, "confidence": "origin"},
+)
+ALL_CORRUPTIONS = {
+    "loops": (loop_tail, stutter),
+    "shuffles": (shuffle_all, shuffle_near),
+    "splices": (splice, sprinkle),
+}
+
+
+def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[str, object]) -> list[str]:
+    """One unguided completion per opening from the built policy: opening and completion as one text."""
+    policy = load_policy(ModelConfig(path=str(folder)))
+    settings = RolloutConfig(max_completion_length=24, top_k=50, top_p=0.95, **sampler)
+    generator, texts = torch.Generator().manual_seed(seed), []
+    for start in range(0, len(openings), 64):
+        chunk = openings[start : start + 64]
+        prompt_BL, attention_BL = policy.encode_prompts(chunk, 64)
+        rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, settings, generator)
+        completions = policy.decode(rollout.completion_BC)
+        texts += [o + "\t" + c for o, c in zip(chunk, completions, strict=True)]
+    return texts
+
+
+def framed(tokenizer: Qwen2Tokenizer, cut: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention of (opening, rest) pairs in the chat format, left-padded as rgrl scores them."""
+    rows = tokenizer([f"<|user|>{opening}<|assistant|>{rest}" for opening, rest in cut])["input_ids"]
+    ids_BL, attention_BL = pad_left([row[:56] for row in rows], torch.device("cpu"))
+    return ids_BL, attention_BL.long()
+
+
+def read_scores(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """r_B at each row's last token, and the states for the next-token loss."""
+    states_BLD = model.model(
+        input_ids=ids_BL, attention_mask=attention_BL, position_ids=(attention_BL.cumsum(1) - 1).clamp(min=0)
+    ).last_hidden_state
+    return model.score(states_BLD[:, -1])[:, 0].float(), states_BLD
+
+
+def pairwise(score_B: Tensor, rating_B: Tensor, gap: float) -> Tensor:
+    """Bradley-Terry loss over all pairs whose ratings are more than `gap` apart."""
+    better_BB = rating_B[:, None] - rating_B[None, :] > gap
+    return F.softplus(-(score_B[:, None] - score_B[None, :]))[better_BB].mean()
+
+
+def random_cut(rng: random.Random, text: str) -> tuple[str, str]:
+    return corpus.split_opening(text, rng.randint(1, min(corpus.OPENING_WORDS, len(text.split()) - 1)))
+
+
+def build_reward(
+    recipe: RewardRecipe,
+    tokenizer: Qwen2Tokenizer,
+    snippets: list[corpus.Snippet],
+    lexicon: dict[str, float],
+    sentences: list[str],
+    samples: list[str],
+    work: Path,
+    out: Path,
+) -> None:
+    """A causal LM first, then pairwise on the human means and real against corrupted text, with some LM loss left."""
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForSequenceClassification(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=recipe.width,
+            intermediate_size=recipe.width * 8 // 3 // 16 * 16,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.width // 32,
+            num_key_value_heads=recipe.width // 32,
+            head_dim=32,
+            max_position_embeddings=256,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    movies = [s for s in snippets if s.source == "movie"]
+    others = [s for s in snippets if s.source != "movie"]
+    words = list(lexicon.items())
+    texts = sentences + [s.text for s in snippets] * 3
+    lm_steps = int(recipe.steps * 0.35)
+
+    def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
+        rng = random.Random(f"{recipe.name}/{recipe.seed}/{step}")
+        if step < lm_steps:
+            ids_BL, attention_BL = framed(tokenizer, [random_cut(rng, rng.choice(texts)) for _ in range(48)])
+            return next_token(model, ids_BL, attention_BL, read_scores(model, ids_BL, attention_BL)[1])
+        rated = [rng.choice(movies) for _ in range(26)] + [rng.choice(others) for _ in range(10)]
+        real = [random_cut(rng, s.text) for s in rated]
+        listed = [rng.choice(words) for _ in range(12)]
+        cut_words = [(rng.choice(("the film", "it is", "the plot", "this movie")), " " + word) for word, _ in listed]
+        fakes = []
+        for s in rated[:20]:
+            corrupt = rng.choice(recipe.corruptions)(rng, s.text, rng.choice(movies).text)
+            fakes.append(random_cut(rng, corrupt) if len(corrupt.split()) > 1 else ("the film", " " + corrupt))
+        for text in (rng.choice(samples) for _ in range(12)):
+            opening, _, rest = text.partition("\t")
+            fakes.append((opening, rest))
+        ids_BL, attention_BL = framed(tokenizer, real + cut_words + fakes)
+        score_B, states_BLD = read_scores(model, ids_BL, attention_BL)
+        n, k = len(real), len(real) + len(listed)
+        sentiment = pairwise(score_B[:n], torch.tensor([s.rating for s in rated]), 0.5)
+        lexical = pairwise(score_B[n:k], torch.tensor([rating for _, rating in listed]), 0.5)
+        genuine = F.softplus(-(score_B[:n, None] - score_B[None, k:])).mean()
+        return (
+            sentiment + 0.5 * lexical + genuine + 0.1 * next_token(model, ids_BL[:n], attention_BL[:n], states_BLD[:n])
+        )
+
+    train(recipe.name, work, model, loss_fn, recipe.steps, learning_rate=2e-3, weight_decay=0.1)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def next_token(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor, states_BLD: Tensor) -> Tensor:
+    """Next-token cross-entropy, the input embeddings as output layer: it teaches words that no rating covered."""
+    keep_BL = (attention_BL[:, :-1] > 0) & (attention_BL[:, 1:] > 0)
+    logits_NV = F.linear(states_BLD[:, :-1][keep_BL], model.model.embed_tokens.weight).float()
+    return F.cross_entropy(logits_NV, ids_BL[:, 1:][keep_BL])
+
+
+def reward_figures(folder: Path, held_out: list[corpus.Snippet], samples: list[str]) -> dict[str, float]:
+    """On held-out reviews: pair accuracy (ratings more than a point apart), correlation, and real over corrupted."""
+    reward = load_classifier(str(folder), "cpu")
+    rng = random.Random(7)
+    movies = [s for s in held_out if s.source == "movie"]
+
+    def score(cut: list[tuple[str, str]]) -> Tensor:
+        parts = [reward.score(Prompts([o for o, _ in c], [{} for _ in c]), [r for _, r in c]) for c in chunks(cut, 128)]
+        return torch.cat(parts)
+
+    real = [random_cut(rng, s.text) for s in movies]
+    score_B, rating_B = score(real), torch.tensor([s.rating for s in movies])
+    apart_BB = rating_B[:, None] - rating_B[None, :] > 1
+    right = (score_B[:, None] > score_B[None, :])[apart_BB].float().mean()
+    figures = {
+        "pair_accuracy": round(float(right), 3),
+        "correlation": round(float(torch.corrcoef(torch.stack([score_B, rating_B]))[0, 1]), 3),
+    }
+    for name, kinds in ALL_CORRUPTIONS.items():
+        fakes = [random_cut(rng, rng.choice(kinds)(rng, s.text, rng.choice(movies).text)) for s in movies]
+        figures[f"real_over_{name}"] = round(float((score_B > score(fakes)).float().mean()), 3)
+    own = [tuple(text.split("\t")) for text in samples]
+    n = min(len(own), len(score_B))
+    figures["real_over_policy_samples"] = round(float((score_B[:n] > score(own[:n])).float().mean()), 3)
+    return figures
+
+
 def chunks(items: list, size: int) -> Iterator[list]:
     for i in range(0, len(items), size):
         yield items[i : i + size]
@@ -278,7 +516,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     corpus.fetch(args.work / "download")
-    snippets, _ = corpus.rated(args.work / "download")
+    snippets, lexicon = corpus.rated(args.work / "download")
     prose = corpus.plain(args.work / "download")
     known = [s for s in snippets if not s.held_out]
     policy_dir = HERE / "policy"
@@ -290,11 +528,45 @@ def main() -> None:
     def short(texts: list[str]) -> list[str]:
         return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < COMPLETION]
 
+    reviews = short([s.text for s in known if s.source == "movie"])
+    others = short([s.text for s in known if s.source in ("nyt", "amazon")] + prose)
     if not (policy_dir / "model.safetensors").exists():
-        reviews = short([s.text for s in known if s.source == "movie"])
-        others = short([s.text for s in known if s.source in ("nyt", "amazon")] + prose)
         print(f"policy: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
         build_policy(tokenizer, reviews, others, args.work, policy_dir, args.policy_steps)
+
+    held_out = [s for s in snippets if s.held_out]
+    model = load_policy(ModelConfig(path=str(policy_dir))).causal_lm
+    figures: dict[str, object] = {
+        "policy": policy_figures(model, tokenizer, short([s.text for s in held_out if s.source == "movie"]))
+    }
+    print("policy, held-out masked cross-entropy by mask rate:", figures["policy"], flush=True)
+    rng = random.Random(SEED)
+    test_openings = [random_cut(rng, s.text)[0] for s in held_out if s.source == "movie"][:512]
+    test_samples = cached(
+        args.work / "samples_test.json",
+        lambda: policy_samples(policy_dir, test_openings, 3, {"temperature": 0.9, "steps": 16}),
+    )
+    for recipe in (REWARD, JUDGE):
+        mine = [s for s in known if s.half == recipe.half and len(s.text.split()) > 3]
+        words = {w: r for w, r in lexicon.items() if corpus.half_of(w) == recipe.half}
+        openings = [random_cut(rng, text)[0] for text in rng.sample(reviews, 2048)]
+        samples = cached(
+            args.work / f"samples_{recipe.name}.json",
+            lambda recipe=recipe, openings=openings: policy_samples(policy_dir, openings, recipe.seed, recipe.sampler),
+        )
+        if not (HERE / recipe.name / "model.safetensors").exists():
+            print(f"{recipe.name}: {len(mine)} rated snippets, {len(words)} rated words", flush=True)
+            build_reward(recipe, tokenizer, mine, words, prose, samples, args.work, HERE / recipe.name)
+        figures[recipe.name] = reward_figures(HERE / recipe.name, held_out, test_samples)
+        print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
+    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def cached(path: Path, make: Callable[[], list[str]]) -> list[str]:
+    """What `make` returns, from `path` if it was made before."""
+    if not path.exists():
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

@@ -42,11 +42,15 @@ class Snippet:
     @property
     def half(self) -> int:
         """0: the reward model's ratings; 1: the judge's. Disjoint by construction."""
-        return _hash(self.text) // 10 % 2
+        return half_of(self.text)
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def half_of(text: str) -> int:
+    return _hash(text) // 10 % 2
 
 
 def clean(text: str) -> str:

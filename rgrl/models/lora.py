@@ -16,6 +16,7 @@ def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
     unmatched = [target for target in config.targets if target not in linear]
     if unmatched:
         raise ConfigError(f"`lora.targets`: no layer is called {unmatched[0]!r}; there are {', '.join(sorted(linear))}")
+    policy.causal_lm.name_or_path = policy.path  # peft writes it into the adapter's config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.peft_model = peft.get_peft_model(
@@ -26,7 +27,6 @@ def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
                 lora_dropout=config.dropout,
                 target_modules=list(config.targets),
                 task_type="CAUSAL_LM",
-                base_model_name_or_path=policy.path,
             ),
         )
     return policy

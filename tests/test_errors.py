@@ -1,0 +1,555 @@
+"""Bad input: one line that names what is wrong, exit code 2, before any long work and without touching the results."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import PROMPTS, REPO, random_weights, write_dream, write_llada, write_reward
+from safetensors.torch import load_file, save_file
+
+from rgrl.cli import run
+from rgrl.config import load_config
+from rgrl.models.families import DREAM
+from rgrl.trainer import train
+
+
+@dataclass
+class Run:
+    """What a command is called with: a case spoils one thing in it."""
+
+    config: dict
+    folder: Path  # for files that a case writes
+    finished: Path  # the output folder of a run that came to its end
+    arguments: list[str] = field(default_factory=list)
+    text: str | None = None  # the YAML itself, where a case writes it by hand
+    missing: bool = False  # leave out the file named by --config
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config["run"].get("output_dir") or self.folder / "run")
+
+    def put(self, key: str, value: object) -> None:
+        *sections, last = key.split(".")
+        node = self.config
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+
+    def command(self) -> list[str]:
+        path = self.folder / "config.yaml"
+        if not self.missing:
+            path.write_text(self.text if self.text is not None else yaml.safe_dump(self.config))
+        return ["train.py", "--config", str(path), *self.arguments]
+
+    def resume(self, **changes: object) -> None:
+        """Go on in a copy of the finished run, with some settings changed."""
+        self.config = yaml.safe_load((self.finished / "config.yaml").read_text())
+        shutil.copytree(self.finished, self.folder / "run")
+        self.put("run.output_dir", str(self.folder / "run"))
+        self.put("run.resume_from_checkpoint", "latest")
+        self.put("run.steps", 2)
+        for key, value in changes.items():
+            self.put(key.replace("__", "."), value)
+
+
+Change = Callable[[Run], object]
+
+
+def put(key: str, value: object) -> Change:
+    return lambda r: r.put(key, value)
+
+
+def puts(settings: dict[str, object]) -> Change:
+    return lambda r: [r.put(key, value) for key, value in settings.items()]
+
+
+def drop(section: str, key: str) -> Change:
+    return lambda r: r.config[section].pop(key)
+
+
+def arguments(*words: str) -> Change:
+    return lambda r: r.arguments.extend(words)
+
+
+def text(content: str) -> Change:
+    return lambda r: setattr(r, "text", content)
+
+
+def data(name: str, content: str | bytes, **settings: object) -> Change:
+    """Training prompts in a file of the given content."""
+
+    def change(r: Run) -> None:
+        path = r.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        r.put("data.path", str(path))
+        for key, value in settings.items():
+            r.put(f"data.{key}", value)
+
+    return change
+
+
+def folder_of(key: str, *files: str) -> Change:
+    """A folder with nothing but some empty JSON files."""
+
+    def change(r: Run) -> None:
+        path = r.folder / "odd"
+        path.mkdir()
+        for name in files:
+            (path / name).write_text("{}")
+        r.put(key, str(path))
+
+    return change
+
+
+def spoiled(key: str, write: Callable[..., Path], spoil: Callable[[Path], object], **settings: object) -> Change:
+    """A checkpoint written to disk as it should be, and then spoiled."""
+
+    def change(r: Run) -> None:
+        path = write(r.folder / "spoiled", **settings)
+        spoil(path)
+        r.put(key, str(path))
+
+    return change
+
+
+def edit_json(name: str, **changes: object) -> Callable[[Path], object]:
+    """Set keys of a JSON file in a checkpoint; None takes a key out."""
+
+    def edit(folder: Path) -> None:
+        tree = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+
+    return edit
+
+
+def remove(*patterns: str) -> Callable[[Path], object]:
+    def unlink(folder: Path) -> None:
+        found = [path for pattern in patterns for path in folder.glob(pattern)]
+        assert found
+        for path in found:
+            path.unlink()
+
+    return unlink
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: os.truncate(folder / name, 1000)
+
+
+def without_tensor(name: str) -> Callable[[Path], object]:
+    def rewrite(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+
+    return rewrite
+
+
+def wider_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    save_file(random_weights(DREAM, config | {"intermediate_size": 64}), folder / "model.safetensors")
+
+
+def functions(source: str, *names: str, **settings: object) -> Change:
+    """Reward functions from a module of the given source, and no reward model."""
+
+    def change(r: Run) -> None:
+        (r.folder / "own_rewards.py").write_text(textwrap.dedent(source))
+        r.put("reward", {"functions": dict.fromkeys(names, 1.0)})
+        r.put("guidance.kind", "none")
+        for key, value in settings.items():
+            r.put(key.replace("__", "."), value)
+
+    return change
+
+
+def resume(**changes: object) -> Change:
+    return lambda r: r.resume(**changes)
+
+
+def resume_spoiled(spoil: Callable[[Path], object]) -> Change:
+    def change(r: Run) -> None:
+        r.resume()
+        spoil(r.output / "checkpoints" / "step_000001")
+
+    return change
+
+
+def occupy(r: Run) -> None:
+    shutil.copytree(r.finished, r.output)
+
+
+def output_is_a_file(r: Run) -> None:
+    r.put("run.output_dir", str(r.folder / "prompts.jsonl"))
+
+
+def output_below_a_file(r: Run) -> None:
+    r.put("run.output_dir", str(r.folder / "prompts.jsonl" / "run"))
+
+
+def partial_only(r: Run) -> None:
+    """What a kill in the middle of the first save leaves behind."""
+    r.resume()
+    checkpoints = r.output / "checkpoints"
+    (checkpoints / "step_000001").rename(checkpoints / ".partial_000001")
+
+
+def saved_set(r: Run) -> None:
+    import datasets
+
+    folder = r.folder / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"prompt": PROMPTS})}).save_to_disk(folder)
+    r.put("data.path", str(folder))
+    r.put("data.split", "trian")
+
+
+GUIDED_BY_FUNCTIONS = {"reward": {"functions": {"own:f": 1.0}}, "guidance.kind": "entrgi"}
+ADVANTAGES = ("centred", "zscore", "leave_one_out")
+
+# name, what is spoiled, words of the message
+CASES: list[tuple[str, Change, list[str]]] = [
+    # Settings
+    ("unknown section", put("rollouts", {"steps": 4}), ["unknown key `rollouts`", "`rollout`"]),
+    ("unknown key", put("rollout.temprature", 1.0), ["`rollout.temprature`", "`rollout.temperature`"]),
+    ("text for a number", put("optim.learning_rate", "fast"), ["`optim.learning_rate`", "a number", "'fast'"]),
+    ("fraction for a whole number", put("run.steps", 2.5), ["`run.steps`", "a whole number", "2.5"]),
+    ("true for a whole number", put("lora.r", True), ["`lora.r`", "a whole number", "True"]),
+    ("text for true or false", put("tracking.wandb", "maybe"), ["`tracking.wandb`", "true or false", "'maybe'"]),
+    ("text for a list", put("lora.targets", "q_proj"), ["`lora.targets`", "a list", "'q_proj'"]),
+    ("value for a section", put("model", "some/model"), ["`model`", "section", "'some/model'"]),
+    ("not a number", put("optim.learning_rate", float("nan")), ["`optim.learning_rate`", "finite"]),
+    ("infinite", put("rollout.temperature", float("inf")), ["`rollout.temperature`", "finite"]),
+    ("no model", drop("model", "path"), ["`model.path` is required"]),
+    ("no data", drop("data", "path"), ["`data.path` is required"]),
+    ("no output folder", drop("run", "output_dir"), ["`run.output_dir` is required"]),
+    ("no reward", put("reward", {}), ["`reward.path`", "`reward.functions`"]),
+    ("malformed YAML", text("model: [unclosed\nrun: {"), ["config.yaml", "not valid YAML"]),
+    ("YAML of another form", text("- just\n- a list\n"), ["config.yaml", "sections", "list"]),
+    ("no config file", lambda r: setattr(r, "missing", True), ["config.yaml", "no such file"]),
+    ("override without value", arguments("--optim.learning_rate"), ["--optim.learning_rate needs a value"]),
+    ("override followed by another", arguments("--run.seed", "--run.steps", "3"), ["--run.seed needs a value"]),
+    ("override of a section", arguments("--rollout", "4"), ["`rollout`", "section", "4"]),
+    ("override below a value", arguments("--run.steps.more", "4"), ["`steps`", "not a section"]),
+    ("override of an unknown key", arguments("--run.step", "4"), ["`run.step`", "`run.steps`"]),
+    ("word that is no option", arguments("run.steps", "4"), ["--section.key value", "'run.steps'"]),
+    ("T of 0", put("rollout.steps", 0), ["`rollout.steps`", "at least 1"]),
+    ("T above C", put("rollout.steps", 9), ["`rollout.steps` (9)", "`rollout.max_completion_length` (8)"]),
+    ("C of 0", put("rollout.max_completion_length", 0), ["`rollout.max_completion_length`", "at least 1"]),
+    ("C beyond the positions", put("rollout.max_completion_length", 60), ["60", "64 positions"]),
+    ("top_p of 0", put("rollout.top_p", 0), ["`rollout.top_p`", "(0, 1]"]),
+    ("top_p above 1", put("rollout.top_p", 1.5), ["`rollout.top_p`", "1.5"]),
+    ("temperature of 0", put("rollout.temperature", 0), ["`rollout.temperature`", "above 0"]),
+    ("negative top_k", put("rollout.top_k", -1), ["`rollout.top_k`", "-1"]),
+    ("unknown confidence", put("rollout.confidence", "margin"), ["`rollout.confidence`", "topk_margin", "'margin'"]),
+    ("unknown guidance", put("guidance.kind", "entropy"), ["`guidance.kind`", "entrgi", "'entropy'"]),
+    ("eta of 0", put("guidance.eta", 0), ["`guidance.eta`", "above 0"]),
+    ("M of 0", put("guidance.steps", 0), ["`guidance.steps`", "`guidance.kind: none`"]),
+    ("LoRA rank of 0", put("lora.r", 0), ["`lora.r`", "at least 1"]),
+    ("LoRA scale of 0", put("lora.alpha", 0), ["`lora.alpha`", "above 0"]),
+    ("dropout of 1", put("lora.dropout", 1), ["`lora.dropout`", "[0, 1)"]),
+    ("unknown LoRA target", put("lora.targets", ["q_proj", "query"]), ["'query'", "k_proj"]),
+    ("no LoRA target", put("lora.targets", []), ["`lora.targets`", "empty"]),
+    ("unknown objective", put("objective.name", "ppo"), ["objective 'ppo'", "reinforce", "grpo"]),
+    ("unknown estimator", put("objective.estimator", "two_step"), ["estimator 'two_step'", "one_step"]),
+    ("unknown advantage", put("objective.advantage", "rank"), ["advantage 'rank'", "zscore"]),
+    ("objective not importable", put("objective.name", "no_such_module:loss"), ["no_such_module:loss", "imported"]),
+    ("objective that is none", put("objective.name", "math:sqrt"), ["objective 'math:sqrt'", "Objective"]),
+    ("estimator that is none", put("objective.estimator", "math:pi"), ["estimator 'math:pi'", "Estimator"]),
+    ("negative beta", put("objective.beta", -0.1), ["`objective.beta`", "-0.1"]),
+    ("negative weight decay", put("optim.weight_decay", -1), ["`optim.weight_decay`", "-1"]),
+    *[
+        (
+            f"group of one with {name}",
+            puts({"rollout.num_generations": 1, "objective.advantage": name}),
+            [f"`objective.advantage: {name}`", "`rollout.num_generations`", "at least 2"],
+        )
+        for name in ADVANTAGES
+    ],
+    (
+        "accumulation that does not divide the rows",
+        put("run.gradient_accumulation_steps", 3),
+        ["`run.gradient_accumulation_steps` (3)", "4 rows"],
+    ),
+    ("no steps", put("run.steps", 0), ["`run.steps`", "at least 1"]),
+    ("no eval prompts", put("data.eval_prompts", 0), ["`data.eval_prompts`", "at least 1"]),
+    # The model
+    ("no such model folder", put("model.path", "/no/such/model"), ["model.path /no/such/model", "no such folder"]),
+    ("hub id that cannot be", put("model.path", "no body/at all"), ["no body/at all", "hub"]),
+    ("model without config.json", folder_of("model.path"), ["model.path", "no config.json"]),
+    (
+        "model whose config.json is not JSON",
+        spoiled("model.path", write_dream, cut("config.json")),
+        ["config.json", "not readable JSON"],
+    )
+    if False
+    else (
+        "model whose config.json is not JSON",
+        spoiled("model.path", write_dream, lambda p: (p / "config.json").write_text("{'a': 1}")),
+        ["config.json", "not readable JSON"],
+    ),
+    (
+        "model without weights",
+        spoiled("model.path", write_dream, remove("*.safetensors")),
+        ["no weights", "model.safetensors"],
+    ),
+    (
+        "model with a missing shard",
+        spoiled("model.path", write_dream, remove("model-00002*"), shards=3),
+        ["no weights", "model-00002-of-00003.safetensors"],
+    ),
+    (
+        "model with a cut shard",
+        spoiled("model.path", write_dream, cut("model.safetensors")),
+        ["model.safetensors", "not a readable safetensors file"],
+    ),
+    (
+        "model that lacks a tensor",
+        spoiled("model.path", write_dream, without_tensor("model.norm.weight")),
+        ["don't fit config.json", "1 missing", "model.norm.weight"],
+    ),
+    (
+        "weights of another size",
+        spoiled("model.path", write_dream, wider_weights),
+        ["mlp", "(32, 64)", "config.json implies", "(32, 48)"],
+    ),
+    (
+        "LLaDA weights called Dream",
+        spoiled("model.path", write_llada, edit_json("config.json", model_type="Dream")),
+        ["config.json", "Dream", "hidden_size"],
+    ),
+    (
+        "heads that do not divide the width",
+        spoiled("model.path", write_dream, edit_json("config.json", num_attention_heads=5)),
+        ["config.json", "num_attention_heads"],
+    ),
+    (
+        "unknown model_type",
+        spoiled("model.path", write_dream, edit_json("config.json", model_type="gpt2")),
+        ["model_type 'gpt2'", "Dream", "llada"],
+    ),
+    (
+        "Dream without a tokenizer",
+        spoiled("model.path", write_dream, remove("vocab.json", "merges.txt", "tokenizer_config.json")),
+        ["no tokenizer", "dream"],
+    ),
+    (
+        "LLaDA without a tokenizer",
+        spoiled("model.path", write_llada, remove("tokenizer*.json")),
+        ["no tokenizer", "llada"],
+    ),
+    (
+        "LLaDA without a mask token",
+        spoiled("model.path", write_llada, edit_json("config.json", mask_token_id=None)),
+        ["mask token"],
+    ),
+    (
+        "mask token beyond the tokenizer",
+        spoiled("model.path", write_dream, edit_json("config.json", mask_token_id=5000)),
+        ["mask token", "5000"],
+    ),
+    # Rewards
+    ("no such reward model", put("reward.path", "/no/such/reward"), ["/no/such/reward", "no such folder"]),
+    ("no such judge", put("judge.path", "/no/such/judge"), ["/no/such/judge", "no such folder"]),
+    ("no such guide", put("guidance.path", "/no/such/guide"), ["/no/such/guide", "no such folder"]),
+    (
+        "reward model with two labels",
+        spoiled("reward.path", write_reward, lambda p: None, labels=2),
+        ["2 labels", "exactly 1"],
+    ),
+    (
+        "reward model without weights",
+        spoiled("reward.path", write_reward, remove("*.safetensors")),
+        ["reward model", "no weights"],
+    ),
+    (
+        "reward model with cut weights",
+        spoiled("reward.path", write_reward, cut("model.safetensors")),
+        ["reward model", "cannot be loaded"],
+    ),
+    (
+        "reward model without a head",
+        spoiled("reward.path", write_reward, without_tensor("score.weight")),
+        ["score.weight"],
+    ),
+    (
+        "reward weights of another size",
+        spoiled("reward.path", write_reward, edit_json("config.json", intermediate_size=64)),
+        ["reward model", "cannot be loaded"],
+    ),
+    (
+        "reward model of an unknown type",
+        spoiled("reward.path", write_reward, edit_json("config.json", model_type="nonesuch")),
+        ["reward model", "nonesuch"],
+    ),
+    (
+        "reward model without a tokenizer",
+        spoiled("reward.path", write_reward, remove("tokenizer*", "*.jinja")),
+        ["reward model", "no tokenizer"],
+    ),
+    ("reward adapter that is none", put("reward.adapter", "/no/such/adapter"), ["`reward.adapter`", "/no/such"]),
+    ("guidance by functions", puts(GUIDED_BY_FUNCTIONS), ["`guidance.kind: entrgi`", "gradient", "functions"]),
+    ("reward function without module", functions("", "length"), ["reward function 'length'", "package.module:attr"]),
+    ("reward module not importable", functions("", "nonesuch:f"), ["reward function 'nonesuch:f'", "imported"]),
+    ("reward function not there", functions("", "own_rewards:f"), ["'own_rewards:f'", "imported"]),
+    ("reward function that is none", functions("f = 3", "own_rewards:f"), ["'own_rewards:f'", "called"]),
+    (
+        "two reward functions of one name",
+        functions("len_ = len", "own_rewards:len_", "builtins:len_", "own_rewards:len", "builtins:len")
+        if False
+        else functions("def f(p, c, r): return [0.0] * len(c)\nclass other: f = f", "own_rewards:f", "os.path:f")
+        if False
+        else functions("from math import sqrt", "own_rewards:sqrt", "math:sqrt"),
+        ["`reward.functions`", "same name"],
+    ),
+    # Data
+    ("no such data file", put("data.path", "/no/such/prompts.jsonl"), ["/no/such/prompts.jsonl", "no such file"]),
+    ("no such parquet file", put("data.path", "/no/such/p.parquet"), ["/no/such/p.parquet", "no such file"]),
+    ("no such eval file", put("data.eval_path", "/no/such/eval.txt"), ["/no/such/eval.txt", "no such file"]),
+    ("data of an unknown form", data("prompts.xml", "<p/>"), ["prompts.xml", ".jsonl", ".parquet"]),
+    ("empty data set", data("empty.jsonl", "\n\n"), ["empty.jsonl", "no rows"]),
+    ("empty csv", data("empty.csv", "prompt\n"), ["empty.csv", "no rows"]),
+    ("line that is not JSON", data("bad.jsonl", '{"prompt": "a"}\n{"prompt"\n'), ["bad.jsonl", "line 2", "not JSON"]),
+    ("line that is no object", data("bad.jsonl", '"text"\n'), ["bad.jsonl", "line 1", "object"]),
+    ("json that is none", data("bad.json", '[{"prompt"'), ["bad.json", "cannot be read"]),
+    ("parquet that is none", data("bad.parquet", "text"), ["bad.parquet", "cannot be read"]),
+    ("text that is not UTF-8", data("bad.txt", b"caf\xe9\n"), ["bad.txt", "UTF-8"]),
+    ("missing column", data("a.jsonl", '{"prompt": "a"}\n', column="question"), ["'question'", "it has prompt"]),
+    ("row without prompt", data("a.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n'), ["row 1", "no prompt text"]),
+    ("row without the column", data("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n'), ["row 1", "no prompt text"]),
+    ("prompt too long", data("a.txt", "fine\n" + "the film " * 20), ["`data.max_prompt_length` = 16", "the film"]),
+    ("folder without a data set", folder_of("data.path", "a.json"), ["odd", "cannot be read"]),
+    ("unknown split", saved_set, ["'trian'", "train"]),
+    # The output folder
+    ("output folder in use", occupy, ["already holds a run", "--run.resume_from_checkpoint latest"]),
+    ("output folder is a file", output_is_a_file, ["`run.output_dir`", "is a file"]),
+    ("output folder below a file", output_below_a_file, ["`run.output_dir`", "is a file"]),
+    ("nothing to resume", put("run.resume_from_checkpoint", "latest"), ["nothing to resume", "checkpoints"]),
+    ("only a partial checkpoint", partial_only, ["nothing to resume", "checkpoints"]),
+    ("no such checkpoint", put("run.resume_from_checkpoint", "/no/such/step"), ["/no/such/step", "not a checkpoint"]),
+    ("resume with another rank", resume(lora__r=8), ["`lora`", "'r': 4", "'r': 8"]),
+    ("resume with another seed", resume(run__seed=1), ["`run.seed` was 0 and is now 1"]),
+    ("resume with other groups", resume(rollout__num_generations=4), ["was 2 and is now 4"]),
+    ("resume without the adapter", resume_spoiled(lambda p: shutil.rmtree(p / "adapter")), ["adapter", "step_000001"]),
+    ("resume with a cut state", resume_spoiled(cut("state.pt")), ["state.pt", "step_000001"]),
+    ("resume with no settings", resume_spoiled(remove("config.yaml")), ["config.yaml", "step_000001"]),
+]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, dream_dir) -> Path:
+    """The output folder of a one-step run."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": {"path": str(dream_dir)},
+                "lora": {"r": 4},
+                "data": {"path": str(folder / "prompts.txt"), "max_prompt_length": 16},
+                "reward": {"functions": {"builtins:zip": 1.0}},
+                "guidance": {"kind": "none"},
+                "rollout": {"num_generations": 2, "max_completion_length": 2, "steps": 1},
+                "objective": {"name": "reinforce"},
+                "run": {"output_dir": str(folder / "run"), "steps": 1, "prompts_per_device": 1},
+                "tracking": {"wandb": False},
+            }
+        )
+    )
+    return train(load_config(folder / "config.yaml"))[0]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder with its size and time of change; nothing where there is no folder."""
+    found = [folder] if folder.is_file() else [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+def refuse(command: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> list[str]:
+    """Run the command in this process; it must exit with code 2. Returns the lines on stderr."""
+    monkeypatch.setattr(sys, "argv", command)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(train, "train")
+    assert exit_.value.code == 2
+    return capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("change", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_input_is_one_line_and_exit_code_2(change, words, tiny, finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    monkeypatch.setattr("rgrl.trainer.rollout_step", None)  # any training at all fails the test
+    case = Run(tiny, tmp_path, finished)
+    change(case)
+    command, before = case.command(), contents(case.output)
+    lines = refuse(command, monkeypatch, capfd)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert not [word for word in words if word not in lines[0]], lines[0]
+    assert contents(case.output) == before
+    assert before or not case.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def f(p, c, r): return [float('nan')] * len(c)", ["reward 'f' is nan", "{prompt!r}", "completion"]),
+        ("def f(p, c, r): return [float('inf')] * len(c)", ["reward 'f' is inf", "{prompt!r}", "completion"]),
+        ("def f(p, c, r): return [0.0]", ["reward 'f'", "(1,)", "4 completions"]),
+        ("def f(p, c, r): return 0.0", ["reward 'f'", "()", "4 completions"]),
+        ("def f(p, c, r): return [[0.0]] * len(c)", ["reward 'f'", "(4, 1)", "4 completions"]),
+        ("def f(p, c, r): return [None] * len(c)", ["reward 'f'", "one number", "4 completions"]),
+    ],
+    ids=["nan", "infinite", "too few", "a number", "too many axes", "no numbers"],
+)
+def test_bad_reward_stops_at_the_first_scoring(source, words, tiny, finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    prompt = "the plot of this film"
+    case = Run(tiny, tmp_path, finished)
+    functions(source, "own_rewards:f")(case)
+    data("one.txt", prompt)(case)
+    case.config["data"].pop("eval_path")
+    [message] = [line for line in refuse(case.command(), monkeypatch, capfd) if line.startswith("error: ")]
+    assert not [word for word in words if word.format(prompt=prompt) not in message], message
+    assert not (case.output / "checkpoints").exists()
+    assert (case.output / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put("rollout.temprature", 1.0), ["`rollout.temperature`"]),
+        (spoiled("model.path", write_dream, remove("*.safetensors")), ["no weights"]),
+        (occupy, ["already holds a run"]),
+    ],
+    ids=["unknown key", "model without weights", "output folder in use"],
+)
+def test_command_prints_no_traceback(change, words, tiny, finished, tmp_path):
+    case = Run(tiny, tmp_path, finished)
+    change(case)
+    command = [sys.executable, str(REPO / "recipes" / "train.py"), *case.command()[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    [message] = done.stderr.splitlines()
+    assert message.startswith("error: ")
+    assert all(word in message for word in words)
+
+
+def test_first_of_two_spoiled_things_is_reported_without_loading_a_model(tiny, finished, tmp_path, monkeypatch, capfd):
+    case = Run(tiny, tmp_path, finished)
+    case.put("model.path", "/no/such/model")
+    case.put("rollout.top_p", 2)
+    [message] = refuse(case.command(), monkeypatch, capfd)
+    assert "top_p" in message and "/no/such/model" not in message
+    assert torch.is_grad_enabled()

@@ -1,0 +1,258 @@
+"""Guidance against a slow version of the method: loops over steps, rows and positions, one row a forward pass."""
+
+import math
+
+import pytest
+import torch
+from conftest import write_reward
+
+from rgrl.config import GuidanceConfig, RolloutConfig
+from rgrl.guidance import guide, normalised_entropy, sample, shown_to_reward, truncate
+from rgrl.rewards import load_classifier
+from rgrl.types import Prompts
+
+V, END = 40, 7
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+TEXTS = ["this movie", "the plot of this film is, as a thriller,", "it"]
+
+
+def is_end(ids):
+    return ids == END
+
+
+@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["no template", "template"])
+def reward(request, tmp_path_factory):
+    # In float64, since Adam's first step divides a gradient by its own size and so magnifies rounding.
+    return load_classifier(str(write_reward(tmp_path_factory.mktemp("r"), template=request.param)), "cpu").double()
+
+
+def canvas():
+    """Three rows with different numbers of hidden positions; row 1 has an end token between hidden ones."""
+    completion_BC = torch.tensor([[3, 0, 0, 11, 0, 0], [0, 5, 0, END, 0, 9], [0, 0, 0, 0, 0, 0]])
+    masked_BC = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    logits_NV = 3 * torch.randn(int(masked_BC.sum()), V, generator=torch.Generator().manual_seed(5)).double()
+    logits_NV[:, 13] = float("-inf")  # as the mask token
+    logits_NV[2, END] = 20.0  # row 0 ends at its third hidden position
+    logits_NV[9, END] = logits_NV[9].max() + 0.1  # row 2 ends at its third too, or not any more after a step
+    completion_BC[masked_BC] = 4093  # beyond the table: a hidden token must never be looked up
+    return logits_NV, completion_BC, masked_BC
+
+
+def slow_truncate(logits_V, top_k, top_p):
+    """By a full sort: the k largest, then the shortest prefix of those that holds top_p."""
+    order = sorted(range(len(logits_V)), key=lambda v: -logits_V[v].item())
+    order = order[: top_k or len(order)]
+    weights = [math.exp(logits_V[v].item() - logits_V[order[0]].item()) for v in order]
+    kept, mass = [], 0.0
+    for v, w in zip(order, weights, strict=True):
+        if mass >= top_p * sum(weights):
+            break
+        kept.append(v)
+        mass += w
+    out = torch.full_like(logits_V, float("-inf"))
+    out[kept] = logits_V[kept]
+    return out
+
+
+def slow_reward(model, reward, text, response, attend_eos):
+    """One row, uncached, by transformers' own classifier; `response` is a list of (likely token, embedding)."""
+    before, after = reward.frame(text)
+    table = model.get_input_embeddings().weight
+    shown = []
+    for token, embedding in response:
+        if token == END:
+            if attend_eos:
+                shown.append(embedding)
+            break
+        shown.append(embedding)
+    ids = [reward.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after)]
+    embeds = [*(table[i] for i in ids[0]), *shown, *(table[i] for i in ids[1])]
+    return model(inputs_embeds=torch.stack(embeds)[None]).logits[0, 0]
+
+
+def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollout, generator, attend_eos, texts):
+    """Section 1 of the method, position by position, with torch's own Adam."""
+    E, tau = reward.model.get_input_embeddings().weight, rollout.temperature
+    phi = [torch.nn.Parameter(row.clone()) for row in logits_NV]
+    adam = torch.optim.Adam(phi, lr=eta, betas=(0.9, 0.999), eps=1e-8, maximize=True)
+    for _ in range(M):
+        adam.zero_grad()
+        u_NV = torch.rand(len(phi), V, generator=generator, dtype=torch.float64) if kind != "expectation" else None
+        total, n = 0.0, 0
+        for b in range(len(completion_BC)):
+            response = []
+            for c in range(completion_BC.shape[1]):
+                if not masked_BC[b, c]:
+                    token = completion_BC[b, c].item()
+                    response.append((token, E[token]))
+                    continue
+                p_V = torch.exp(phi[n] / tau) / torch.exp(phi[n] / tau).sum()
+                soft_D = sum(p_V[v] * E[v] for v in range(V))
+                if kind == "expectation":
+                    seen_D = soft_D
+                else:
+                    support_V = slow_truncate((phi[n] / tau).detach(), rollout.top_k, rollout.top_p)
+                    gumbel_V = -torch.log(-torch.log(u_NV[n]))
+                    hard_D = E[(support_V + gumbel_V).argmax()]
+                    q = torch.exp(phi[n].detach()) / torch.exp(phi[n].detach()).sum()
+                    entropy = -sum(x * math.log(x) for x in q.tolist() if x > 0)
+                    w = entropy / math.log(V) if kind == "entrgi" else 1.0
+                    seen_D = soft_D + (w * (hard_D - soft_D)).detach()
+                response.append((phi[n].argmax().item(), seen_D))
+                n += 1
+            total = total + slow_reward(reward.model, reward, texts[b], response, attend_eos)
+        total.backward()
+        adam.step()
+    return torch.stack([p.detach() for p in phi])
+
+
+@pytest.mark.parametrize("attend_eos", [False, True])
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("kind", ["expectation", "aps", "entrgi"])
+def test_guidance_equals_the_slow_loop(kind, M, attend_eos, reward):
+    logits_NV, completion_BC, masked_BC = canvas()
+    rollout = RolloutConfig(temperature=0.8, top_k=12, top_p=0.9)
+    before_NV = logits_NV.clone()
+    fast_NV = guide(
+        logits_NV,
+        completion_BC,
+        masked_BC,
+        reward.guide_for(Prompts(TEXTS, [{}] * 3)),
+        reward.model.get_input_embeddings().weight[:V].detach(),
+        is_end,
+        GuidanceConfig(kind=kind, steps=M, eta=0.5),
+        rollout,
+        torch.Generator().manual_seed(1),
+        attend_eos,
+    )
+    slow_NV = slow_guide(
+        logits_NV,
+        completion_BC,
+        masked_BC,
+        reward,
+        kind,
+        M,
+        0.5,
+        rollout,
+        torch.Generator().manual_seed(1),
+        attend_eos,
+        TEXTS,
+    )
+    torch.testing.assert_close(fast_NV, slow_NV, rtol=0, atol=1e-5)
+    assert torch.equal(logits_NV, before_NV)  # the caller still needs the policy's own
+    assert torch.isneginf(fast_NV[:, 13]).all()
+    assert all(p.grad is None for p in reward.model.parameters())
+    # What the reward cannot see is not steered: row 0 past its likely end, row 1 past its known one.
+    moved_N = (fast_NV - logits_NV).nan_to_num(0.0).abs().amax(1)
+    assert moved_N[3] == 0 and moved_N[6] == 0
+    assert (moved_N[2] > 0) == attend_eos
+    assert (moved_N[[0, 1, 4, 5, 7, 8]] > 0.1).all()
+
+
+@pytest.mark.parametrize(("weight", "kind"), [(0.0, "expectation"), (1.0, "aps")])
+def test_entropy_weight_of_0_and_1_gives_expectation_and_aps(weight, kind, reward):
+    logits_NV, completion_BC, masked_BC = canvas()
+    guided = {}
+    for name in ("entrgi", kind):
+        guided[name] = guide(
+            logits_NV,
+            completion_BC,
+            masked_BC,
+            reward.guide_for(Prompts(TEXTS, [{}] * 3)),
+            reward.model.get_input_embeddings().weight[:V].detach(),
+            is_end,
+            GuidanceConfig(kind=name, steps=2),
+            RolloutConfig(),
+            torch.Generator().manual_seed(2),
+            weight=lambda phi_NV: torch.full_like(phi_NV[:, 0], weight),
+        )
+    torch.testing.assert_close(guided["entrgi"], guided[kind], rtol=0, atol=1e-5)
+    assert (guided[kind] - logits_NV).nan_to_num(0.0).abs().max() > 0.5
+
+
+def test_guidance_none_returns_the_policys_own_logits():
+    logits_NV, completion_BC, masked_BC = canvas()
+    config = GuidanceConfig(kind="none")
+    # A reward that is called would fail: there is none.
+    out_NV = guide(logits_NV, completion_BC, masked_BC, None, None, is_end, config, RolloutConfig(), torch.Generator())
+    assert torch.equal(out_NV, logits_NV)
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_small_expectation_step_never_lowers_a_linear_reward(M):
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        embedding_VD = torch.randn(V, 6, generator=rng)
+        direction_D = torch.randn(6, generator=rng)
+        logits_NV = 2 * torch.randn(8, V, generator=rng)
+        masked_BC = torch.ones(2, 4, dtype=torch.bool)
+        guided_NV = guide(
+            logits_NV,
+            torch.zeros(2, 4, dtype=torch.long),
+            masked_BC,
+            lambda response_BCD, attention_BC, w=direction_D: (response_BCD @ w).sum(1),
+            embedding_VD,
+            is_end,
+            GuidanceConfig(kind="expectation", steps=M, eta=0.01),
+            RolloutConfig(temperature=0.7),
+            rng,
+        )
+        value_V = embedding_VD @ direction_D
+        before_N, after_N = ((x / 0.7).softmax(-1) @ value_V for x in (logits_NV, guided_NV))
+        assert (after_N > before_N).all()
+
+
+def test_first_step_moves_every_read_logit_by_eta(reward):
+    # Adam's first step is eta * g / (|g| + 1e-8), whatever the size of g.
+    logits_NV, completion_BC, masked_BC = canvas()
+    guided_NV = guide(
+        logits_NV,
+        completion_BC,
+        masked_BC,
+        reward.guide_for(Prompts(TEXTS, [{}] * 3)),
+        reward.model.get_input_embeddings().weight[:V].detach(),
+        is_end,
+        GuidanceConfig(kind="expectation", steps=1, eta=0.25),
+        RolloutConfig(temperature=2.0),
+        torch.Generator(),
+    )
+    moved = (guided_NV - logits_NV)[0].abs()
+    assert (moved[torch.arange(V) != 13] - 0.25).abs().max() < 0.01
+
+
+def test_entropy_weight_is_1_for_uniform_and_0_for_one_hot():
+    one_hot_V = torch.full((9,), float("-inf"))
+    one_hot_V[4] = 2.0
+    half_V = torch.full((9,), float("-inf"))
+    half_V[[1, 2, 3]] = 0.0
+    w_N = normalised_entropy(torch.stack([torch.full((9,), 3.0), one_hot_V, half_V]))
+    torch.testing.assert_close(w_N, torch.tensor([1.0, 0.0, 0.5]))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 8, 15, 99])
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.75, 0.95, 1.0])
+def test_truncation_equals_sorting(top_k, top_p):
+    logits_NV = 2 * torch.randn(12, 15, generator=torch.Generator().manual_seed(3)).double()
+    logits_NV[:6, 4] = float("-inf")  # as the mask token
+    expected_NV = torch.stack([slow_truncate(row, top_k, top_p) for row in logits_NV])
+    assert torch.equal(truncate(logits_NV, top_k, top_p), expected_NV)
+    assert torch.isfinite(truncate(logits_NV, top_k, top_p)).any(1).all()
+
+
+def test_sampling_frequencies_follow_the_softmax():
+    logits_V = torch.tensor([2.0, 0.0, -1.0, 1.5, float("-inf"), -3.0])
+    n = 40_000
+    drawn_N = sample(logits_V.expand(n, -1), torch.Generator().manual_seed(0))
+    share_V = torch.bincount(drawn_N, minlength=6) / n
+    p_V = logits_V.softmax(0)
+    # Five standard deviations of a share of n draws.
+    assert ((share_V - p_V).abs() <= 5 * (p_V * (1 - p_V) / n).sqrt()).all()
+    assert share_V[4] == 0 and share_V[5] > 0
+
+
+def test_reward_sees_tokens_before_the_first_end_token():
+    tokens_BC = torch.tensor([[1, END, 2, END], [END, 1, 1, 1], [1, 2, 3, 4]])
+    without = [[True, False, False, False], [False] * 4, [True] * 4]
+    with_it = [[True, True, False, False], [True, False, False, False], [True] * 4]
+    assert shown_to_reward(tokens_BC, is_end, False).tolist() == without
+    assert shown_to_reward(tokens_BC, is_end, True).tolist() == with_it
