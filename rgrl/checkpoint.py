@@ -132,14 +132,8 @@ def _rng() -> dict[str, Any]:
     return state
 
 
-def load(
-    folder: Path,
-    accelerator: Accelerator,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> Progress:
-    """Restore everything `save` wrote; every adapter tensor must be there. Raises `ConfigError`."""
+def load_adapter(folder: Path, policy: Policy) -> None:
+    """Put a checkpoint's adapter into the policy; every tensor must be there. Raises `ConfigError`."""
     assert policy.peft_model is not None
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False).keys()
@@ -147,6 +141,17 @@ def load(
         odd = sorted(adapter.keys() ^ expected)[0]
         raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd})")
     set_peft_model_state_dict(policy.peft_model, adapter)
+
+
+def load(
+    folder: Path,
+    accelerator: Accelerator,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> Progress:
+    """Restore everything `save` wrote. Raises `ConfigError`."""
+    load_adapter(folder, policy)
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

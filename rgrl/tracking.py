@@ -34,7 +34,7 @@ METRICS = {
     "eval/base_nll": "nats per token of those completions under the frozen base, at mask rates .25, .5, .75",
     "eval/length": "mean tokens of those completions",
     "step_time": "seconds of wall clock for the step",
-    "time/rollout": "seconds in the phase; also time/reward, time/update, time/eval, time/checkpoint",
+    "time/rollout": "seconds in the phase; also time/reward, time/update, time/eval, time/checkpoint (of the step before)",
 }
 TIMING = ("step_time", "time/")  # the metrics that two identical runs may differ in
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rgrl.advantages import ADVANTAGES, zero_spread
-from rgrl.checkpoint import Progress, check_compatible, find_checkpoint, load, save
+from rgrl.checkpoint import Progress, check_compatible, find_checkpoint, load, load_adapter, save
 from rgrl.config import Config, ConfigError, to_dict
 from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, Guide, denoise
@@ -90,6 +90,7 @@ def train(config: Config) -> tuple[Path, bool]:
         check_compatible(resume, config, accelerator.num_processes)
     parts = set_up(config, accelerator)
     progress = load(resume, accelerator, parts.policy, parts.optimizer, parts.schedule) if resume else Progress()
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
     output = Path(config.run.output_dir)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -98,11 +99,13 @@ def train(config: Config) -> tuple[Path, bool]:
     bar = tqdm(
         total=config.run.steps, initial=progress.step, disable=not accelerator.is_main_process, desc="rgrl", unit="step"
     )
+    clock = Clock()
     if parts.eval_prompts is not None and progress.step == 0:
-        tracker.log(0, run_eval(parts, tracker, 0, Clock()))
+        tracker.log(0, run_eval(parts, tracker, 0, clock) | clock.seconds)
+        clock = Clock()
 
     while progress.step < config.run.steps:
-        step, started, clock = progress.step, time.perf_counter(), Clock()
+        step, started = progress.step, time.perf_counter()
         scored = rollout_step(parts, step, clock)
         metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
         progress.step += 1
@@ -115,14 +118,47 @@ def train(config: Config) -> tuple[Path, bool]:
         metrics["step_time"] = time.perf_counter() - started
         # The line is on disk before the checkpoint that follows it: a resumed run drops lines, it never lacks one.
         tracker.log(progress.step, metrics | clock.seconds)
+        clock = Clock()  # so the time of a checkpoint is told in the line after it
         if due(progress.step, config.run.save_steps, config.run.steps):
-            save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
+            with clock.phase("checkpoint"):
+                save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}")
         bar.update()
     bar.close()
     tracker.close()
     accelerator.end_training()
     return output, accelerator.is_main_process
+
+
+def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:
+    """The parts of a run with the adapter that `run.resume_from_checkpoint` names, and its eval prompts."""
+    accelerator = Accelerator()
+    folder = find_checkpoint(config) if config.run.resume_from_checkpoint else None
+    parts = set_up(config, accelerator)
+    if parts.eval_prompts is None:
+        raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
+    if folder is not None:
+        load_adapter(folder, parts.policy)
+    return parts, parts.eval_prompts
+
+
+def evaluate_checkpoint(config: Config) -> tuple[dict[str, float], bool]:
+    """The `eval/*` metrics of one adapter (or the base), and whether this is the main process."""
+    parts, prompts = _open_checkpoint(config)
+    result = evaluate(config, parts.accelerator, parts.policy, parts.rewards, parts.judge, prompts)
+    return result.metrics, parts.accelerator.is_main_process
+
+
+def sample(config: Config) -> Iterator[dict]:
+    """Completions of the eval prompts with their rewards, guided as the config says, best of each group first."""
+    parts, prompts = _open_checkpoint(config)
+    P, G = config.run.prompts_per_device, config.rollout.num_generations
+    for i in range(0, len(prompts), P):
+        group = Prompts(prompts.texts[i : i + P], prompts.rows[i : i + P]).repeat(G)
+        scored = roll_out(parts, group, i, "sample", Clock())
+        rows = completion_rows(scored)
+        for j in range(0, len(rows), G):
+            yield from sorted(rows[j : j + G], key=lambda row: -row["reward"])
 
 
 def set_up(config: Config, accelerator: Accelerator) -> Parts:
@@ -152,7 +188,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     if guide is not None:
         guide.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
-    add_lora(policy, config.lora, config.run.seed)
+    add_lora(policy, config.lora, config.run.seed).eval()
     check_gradients(policy)
     if config.run.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -183,9 +219,14 @@ def due(step: int, every: int, last: int) -> bool:
 
 def rollout_step(parts: Parts, step: int, clock: Clock) -> Scored:
     """Roll out G completions for each of this rank's prompts, score them, and compare them within groups."""
+    prompts = parts.stream.batch(step, parts.accelerator.process_index)
+    return roll_out(parts, prompts.repeat(parts.config.rollout.num_generations), step, "rollout", clock)
+
+
+def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clock) -> Scored:
+    """One guided completion for each of the B prompts, groups of G standing together, scored."""
     config, policy, accelerator = parts.config, parts.policy, parts.accelerator
     G = config.rollout.num_generations
-    prompts = parts.stream.batch(step, accelerator.process_index).repeat(G)
     stats = DenoiseStats()
     with clock.phase("rollout"):
         prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
@@ -201,7 +242,7 @@ def rollout_step(parts: Parts, step: int, clock: Clock) -> Scored:
             policy.mask_id,
             policy.is_end,
             config.rollout,
-            generator(config.run.seed, step, accelerator.process_index, "rollout", policy.device),
+            generator(config.run.seed, step, accelerator.process_index, purpose, policy.device),
             guidance,
             stats,
         )

@@ -76,7 +76,8 @@ def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollou
     phi = [torch.nn.Parameter(row.clone()) for row in logits_NV]
     adam = torch.optim.Adam(phi, lr=eta, betas=(0.9, 0.999), eps=1e-8, maximize=True)
     for _ in range(M):
-        adam.zero_grad()
+        for p in phi:
+            p.grad = torch.zeros_like(p)  # not None: the state of a position that is not read ages all the same
         u_NV = torch.rand(len(phi), V, generator=generator, dtype=torch.float64) if kind != "expectation" else None
         total, n = 0.0, 0
         for b in range(len(completion_BC)):

@@ -513,6 +513,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/reviews"), help="downloads and training state")
     parser.add_argument("--policy-steps", type=int, default=2800)
+    parser.add_argument("--only", choices=("reward", "judge"), help="just one, so that both can be built at once")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     corpus.fetch(args.work / "download")
@@ -547,9 +548,12 @@ def main() -> None:
         lambda: policy_samples(policy_dir, test_openings, 3, {"temperature": 0.9, "steps": 16}),
     )
     for recipe in (REWARD, JUDGE):
+        if args.only not in (None, recipe.name):
+            continue
         mine = [s for s in known if s.half == recipe.half and len(s.text.split()) > 3]
         words = {w: r for w, r in lexicon.items() if corpus.half_of(w) == recipe.half}
-        openings = [random_cut(rng, text)[0] for text in rng.sample(reviews, 2048)]
+        rng = random.Random(recipe.seed)
+        openings = [random_cut(rng, text)[0] for text in rng.sample(reviews, 1536)]
         samples = cached(
             args.work / f"samples_{recipe.name}.json",
             lambda recipe=recipe, openings=openings: policy_samples(policy_dir, openings, recipe.seed, recipe.sampler),
@@ -559,7 +563,8 @@ def main() -> None:
             build_reward(recipe, tokenizer, mine, words, prose, samples, args.work, HERE / recipe.name)
         figures[recipe.name] = reward_figures(HERE / recipe.name, held_out, test_samples)
         print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
-    (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if args.only is None:
+        (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def cached(path: Path, make: Callable[[], list[str]]) -> list[str]:
