@@ -7,8 +7,10 @@ another name and renamed, so a folder of this name is always whole.
 
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rgrl.config import Config, ConfigError, to_dict
@@ -42,6 +45,13 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
+def check_writable(output_dir: Path) -> None:
+    """Raise `ConfigError` unless `output_dir` is a folder to write in, or can become one."""
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"`run.output_dir` {output_dir}: {nearest} is not a folder to write in")
+
+
 def find_checkpoint(config: Config) -> Path | None:
     """The folder to resume from, None for a fresh start. Raises `ConfigError`."""
     wanted, output = config.run.resume_from_checkpoint, Path(config.run.output_dir)
@@ -65,7 +75,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 def check_compatible(folder: Path, config: Config, ranks: int) -> None:
     """Refuse to resume with what must not change, naming both values. Raises `ConfigError`."""
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    saved = _read(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
     now = to_dict(config)
     for key in _FIXED:
         before, after = _get(saved, key), _get(now, key)
@@ -135,11 +145,11 @@ def _rng() -> dict[str, Any]:
 def load_adapter(folder: Path, policy: Policy) -> None:
     """Put a checkpoint's adapter into the policy; every tensor must be there. Raises `ConfigError`."""
     assert policy.peft_model is not None
-    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False).keys()
-    if adapter.keys() != expected:
-        odd = sorted(adapter.keys() ^ expected)[0]
-        raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd})")
+    adapter = _read(folder / "adapter" / "adapter_model.safetensors", load_file)
+    found = {(name, tuple(t.shape)) for name, t in adapter.items()}
+    own = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False)
+    if odd := sorted(found ^ {(name, tuple(t.shape)) for name, t in own.items()}):
+        raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd[0]})")
     set_peft_model_state_dict(policy.peft_model, adapter)
 
 
@@ -152,11 +162,20 @@ def load(
 ) -> Progress:
     """Restore everything `save` wrote. Raises `ConfigError`."""
     load_adapter(folder, policy)
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    state = _read(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    rng = torch.load(folder / f"rng_{accelerator.process_index}.pt", weights_only=True)
+    rng = _read(folder / f"rng_{accelerator.process_index}.pt", lambda path: torch.load(path, weights_only=True))
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
-    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return _read(folder / "progress.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, EOFError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from error
+    except (SafetensorError, pickle.UnpicklingError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot resume: {path} is damaged ({type(error).__name__})") from error

@@ -25,6 +25,6 @@ def run(command: Callable[[Config], object], description: str) -> None:
     try:
         command(load_config(known.config, overrides))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # one line, not one a process
+        if error.on_one_rank or os.environ.get("RANK", "0") == "0":  # one line, not one a process
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ line: what is wrong and what would be right.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,14 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """Bad input from the user. Commands print the message on one line and exit with code 2."""
+    """Bad input from the user. Commands print the message on one line and exit with code 2.
+
+    `on_one_rank` says that a single process met it and has to print it, not the main process for all.
+    """
+
+    def __init__(self, message: str, on_one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_one_rank = on_one_rank
 
 
 @dataclass
@@ -224,7 +232,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"--config {path}: no such file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not a {type(tree).__name__}")
@@ -253,7 +261,7 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             raise ConfigError(f"expected --section.key value, got {word!r}")
         key, given, text = word[2:].partition("=")
         if not given:
-            if not queue:
+            if not queue or queue[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
             text = queue.pop(0)
         try:
@@ -303,6 +311,8 @@ def _coerce(kind: Any, value: Any, key: str) -> Any:
     expected = origin or kind
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise ConfigError(f"`{key}` must be {_name(expected)}, not {value!r}")
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"`{key}` must be a number, not {value!r}")
     return value
 
 
@@ -321,9 +331,11 @@ def check(c: Config) -> None:
         (bool(c.run.output_dir), "`run.output_dir` is required: a folder for the results"),
         (bool(c.reward.path or c.reward.functions), "a reward is required: set `reward.path` or `reward.functions`"),
         (c.lora.r >= 1, f"`lora.r` must be at least 1, not {c.lora.r}"),
+        (c.lora.alpha > 0, f"`lora.alpha` must be above 0, not {c.lora.alpha}"),
         (0 <= c.lora.dropout < 1, f"`lora.dropout` must be in [0, 1), not {c.lora.dropout}"),
         (bool(c.lora.targets), "`lora.targets` is empty: name at least one layer"),
         (c.data.max_prompt_length >= 1, f"`data.max_prompt_length` must be at least 1, not {c.data.max_prompt_length}"),
+        (c.data.eval_prompts >= 1, f"`data.eval_prompts` must be at least 1, not {c.data.eval_prompts}"),
         (r.num_generations >= 1, f"`rollout.num_generations` must be at least 1, not {r.num_generations}"),
         (
             r.max_completion_length >= 1,
@@ -335,7 +347,7 @@ def check(c: Config) -> None:
             f"`rollout.steps` ({r.steps}) is more than `rollout.max_completion_length` ({r.max_completion_length}): "
             "there would be steps with nothing to commit",
         ),
-        (r.temperature > 0, f"`rollout.temperature` must be above 0, not {r.temperature}"),
+        (0 < r.temperature < math.inf, f"`rollout.temperature` must be above 0 and finite, not {r.temperature}"),
         (0 < r.top_p <= 1, f"`rollout.top_p` must be in (0, 1], not {r.top_p}"),
         (r.top_k >= 0, f"`rollout.top_k` must be 0 (all) or more, not {r.top_k}"),
         (r.position_temperature >= 0, f"`rollout.position_temperature` must not be negative: {r.position_temperature}"),
@@ -343,7 +355,7 @@ def check(c: Config) -> None:
             c.guidance.steps >= 1,
             f"`guidance.steps` must be at least 1, not {c.guidance.steps} (`guidance.kind: none` turns it off)",
         ),
-        (c.guidance.eta > 0, f"`guidance.eta` must be above 0, not {c.guidance.eta}"),
+        (0 < c.guidance.eta < math.inf, f"`guidance.eta` must be above 0 and finite, not {c.guidance.eta}"),
         (
             c.guidance.kind == "none" or bool(c.reward.path or c.guidance.path),
             f"`guidance.kind: {c.guidance.kind}` needs a reward with a gradient: set `reward.path` or `guidance.path`; "
@@ -359,8 +371,12 @@ def check(c: Config) -> None:
         (o.epsilon_high >= 0, f"`objective.epsilon_high` must not be negative: {o.epsilon_high}"),
         (o.iterations >= 1, f"`objective.iterations` must be at least 1, not {o.iterations}"),
         (0 <= o.prompt_mask < 1, f"`objective.prompt_mask` must be in [0, 1), not {o.prompt_mask}"),
-        (c.optim.learning_rate > 0, f"`optim.learning_rate` must be above 0, not {c.optim.learning_rate}"),
+        (
+            0 < c.optim.learning_rate < math.inf,
+            f"`optim.learning_rate` must be above 0 and finite, not {c.optim.learning_rate}",
+        ),
         (c.optim.warmup_steps >= 0, f"`optim.warmup_steps` must not be negative: {c.optim.warmup_steps}"),
+        (c.optim.weight_decay >= 0, f"`optim.weight_decay` must not be negative: {c.optim.weight_decay}"),
         (c.optim.max_grad_norm > 0, f"`optim.max_grad_norm` must be above 0, not {c.optim.max_grad_norm}"),
         (c.run.steps >= 1, f"`run.steps` must be at least 1, not {c.run.steps}"),
         (c.run.save_steps >= 0, f"`run.save_steps` must not be negative: {c.run.save_steps}"),

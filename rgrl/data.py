@@ -55,7 +55,10 @@ def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
     if file.suffix in (".txt", ".jsonl"):
         if not file.is_file():
             raise ConfigError(f"data file {path}: no such file")
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start})") from error
         if file.suffix == ".txt":
             return [{"prompt": line} for line in lines]
         rows = []
@@ -76,9 +79,17 @@ def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
         kind = file.suffix.removeprefix(".")
         if kind not in ("json", "csv", "parquet"):
             raise ConfigError(f"data file {path}: expected .jsonl, .json, .csv, .parquet or .txt")
-        return list(datasets.load_dataset(kind, data_files=path, split="train"))
+        try:
+            return list(datasets.load_dataset(kind, data_files=path, split="train"))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(f"data file {path} cannot be read as {kind}: {error}") from error
     if file.is_dir():
-        saved = datasets.load_from_disk(path)
+        try:
+            saved = datasets.load_from_disk(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data folder {path} cannot be read as a saved data set: {error}") from error
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
+            raise ConfigError(f"data folder {path} has no split {split!r}; it has {', '.join(saved)}")
         return list(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)
     if path.startswith((".", "/")) or path.count("/") > 1:
         raise ConfigError(f"data {path}: no such file or folder")

@@ -17,15 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rgrl.advantages import ADVANTAGES, zero_spread
-from rgrl.checkpoint import Progress, check_compatible, find_checkpoint, load, load_adapter, save
+from rgrl.checkpoint import Progress, check_compatible, check_writable, find_checkpoint, load, load_adapter, save
 from rgrl.config import Config, ConfigError, to_dict
 from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, Guide, denoise
 from rgrl.evaluation import evaluate
-from rgrl.logprobs import ESTIMATORS
+from rgrl.logprobs import ESTIMATORS, Estimator
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
-from rgrl.objectives import OBJECTIVES
+from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
 from rgrl.seeds import generator
 from rgrl.tracking import Tracker
@@ -85,6 +85,7 @@ def train(config: Config) -> tuple[Path, bool]:
     Raises `ConfigError` for bad input, before any long work starts.
     """
     accelerator = Accelerator()
+    check_writable(Path(config.run.output_dir))
     resume = find_checkpoint(config)
     if resume is not None:
         check_compatible(resume, config, accelerator.num_processes)
@@ -96,35 +97,34 @@ def train(config: Config) -> tuple[Path, bool]:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     tracker = Tracker(config, progress.step, accelerator.is_main_process)
-    bar = tqdm(
+    with tqdm(  # closed also by an error, whose message then has a line of its own
         total=config.run.steps, initial=progress.step, disable=not accelerator.is_main_process, desc="rgrl", unit="step"
-    )
-    clock = Clock()
-    if parts.eval_prompts is not None and progress.step == 0:
-        tracker.log(0, run_eval(parts, tracker, 0, clock) | clock.seconds)
+    ) as bar:
         clock = Clock()
+        if parts.eval_prompts is not None and progress.step == 0:
+            tracker.log(0, run_eval(parts, tracker, 0, clock) | clock.seconds)
+            clock = Clock()
 
-    while progress.step < config.run.steps:
-        step, started = progress.step, time.perf_counter()
-        scored = rollout_step(parts, step, clock)
-        metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
-        progress.step += 1
-        progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
-        metrics["num_tokens"] = progress.num_tokens
-        if due(progress.step, config.tracking.completions_steps, config.run.steps):
-            tracker.table(progress.step, "train", completion_rows(scored))
-        if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
-            metrics |= run_eval(parts, tracker, progress.step, clock)
-        metrics["step_time"] = time.perf_counter() - started
-        # The line is on disk before the checkpoint that follows it: a resumed run drops lines, it never lacks one.
-        tracker.log(progress.step, metrics | clock.seconds)
-        clock = Clock()  # so the time of a checkpoint is told in the line after it
-        if due(progress.step, config.run.save_steps, config.run.steps):
-            with clock.phase("checkpoint"):
-                save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}")
-        bar.update()
-    bar.close()
+        while progress.step < config.run.steps:
+            step, started = progress.step, time.perf_counter()
+            scored = rollout_step(parts, step, clock)
+            metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
+            progress.step += 1
+            progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
+            metrics["num_tokens"] = progress.num_tokens
+            if due(progress.step, config.tracking.completions_steps, config.run.steps):
+                tracker.table(progress.step, "train", completion_rows(scored))
+            if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
+                metrics |= run_eval(parts, tracker, progress.step, clock)
+            metrics["step_time"] = time.perf_counter() - started
+            # The line is on disk before the checkpoint that follows it: a resumed run drops lines, it never lacks one.
+            tracker.log(progress.step, metrics | clock.seconds)
+            clock = Clock()  # so the time of a checkpoint is told in the line after it
+            if due(progress.step, config.run.save_steps, config.run.steps):
+                with clock.phase("checkpoint"):
+                    save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}")
+            bar.update()
     tracker.close()
     accelerator.end_training()
     return output, accelerator.is_main_process
@@ -164,12 +164,13 @@ def sample(config: Config) -> Iterator[dict]:
 def set_up(config: Config, accelerator: Accelerator) -> Parts:
     """Load every part and check what only the parts together can tell. Raises `ConfigError`."""
     device = accelerator.device
-    for what, name, known in (
-        ("objective", config.objective.name, OBJECTIVES),
-        ("estimator", config.objective.estimator, ESTIMATORS),
-        ("advantage", config.objective.advantage, ADVANTAGES),
+    for what, name, known, kind in (
+        ("objective", config.objective.name, OBJECTIVES, Objective),
+        ("estimator", config.objective.estimator, ESTIMATORS, Estimator),
+        ("advantage", config.objective.advantage, ADVANTAGES, Callable),
     ):
-        resolve(name, what, known)
+        if not isinstance(resolve(name, what, known), kind):
+            raise ConfigError(f"{what} {name!r} is not of the type {kind.__name__}")
     prompts = load_prompts(config.data.path, config.data)
     eval_prompts = None
     if config.data.eval_path is not None and config.run.eval_steps:
@@ -272,6 +273,8 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
         return estimator.estimate(policy.logits, take(rollout, rows), noise.rows(rows), policy.mask_id)
 
     with clock.phase("update"):
+        # LoRA dropout is the one reader of the global generator.
+        torch.manual_seed(generator(config.run.seed, step, accelerator.process_index, "dropout").initial_seed())
         rng = generator(config.run.seed, step, accelerator.process_index, "noise", policy.device)
         noise: NoiseDraw = estimator.draw(rollout, config.objective, rng)
         old: list[Tensor | None] = [None] * len(micro)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{folder} has no weights: expected {', '.join(missing) or 'model.safetensors'}")
     weights: dict[str, Tensor] = {}
     for name in names:
-        weights.update(load_file(folder / name))
+        try:
+            weights.update(load_file(folder / name))
+        except SafetensorError as error:
+            raise ConfigError(f"{folder / name} is not a readable safetensors file: {error}") from error
     return weights
 
 
@@ -174,6 +178,11 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Poli
     folder = fetch_checkpoint(config.path, "model.path")
     raw = read_json(folder / "config.json")
     family = find_family(raw.get("model_type"), config.family)
+    # Without its files a tokenizer of no words comes out, and no error.
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
+        raise ConfigError(f"{folder} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     try:
         tokenizer = family.load_tokenizer(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -181,7 +190,12 @@ def load_policy(config: ModelConfig, device: torch.device | str = "cpu") -> Poli
     mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
     if mask_id is None:
         raise ConfigError(f"{folder}: neither config.json nor the tokenizer names a mask token")
-    qwen_or_llama = family.make_config(raw)
+    if not 0 <= mask_id < len(tokenizer):
+        raise ConfigError(f"{folder}: the mask token {mask_id} is not among the tokenizer's {len(tokenizer)} tokens")
+    try:
+        qwen_or_llama = family.make_config(raw)
+    except (TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"{folder / 'config.json'} does not describe a {family.name} model: {error}") from error
     qwen_or_llama.is_causal = False
     weights = {family.rename(name): tensor for name, tensor in _read_weights(folder).items()}
     causal_lm = _fill(family, qwen_or_llama, weights, getattr(torch, config.dtype), folder)

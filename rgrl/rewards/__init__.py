@@ -51,15 +51,26 @@ class Rewards:
         if self.model is not None:
             parts[self.model.name] = self.model.score(prompts, completions).cpu()
         for name, function in self.functions.items():
-            parts[name] = torch.as_tensor(function(prompts.texts, completions, prompts.rows), dtype=torch.float32)
+            values = function(prompts.texts, completions, prompts.rows)
+            try:
+                parts[name] = torch.as_tensor(values, dtype=torch.float32).cpu()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"reward {name!r} must return one number for each of {len(completions)} completions: {error}",
+                    on_one_rank=True,
+                ) from error
         for name, r_B in parts.items():
             if r_B.shape != (len(completions),):
                 raise ConfigError(
-                    f"reward {name!r} returned shape {tuple(r_B.shape)} for {len(completions)} completions"
+                    f"reward {name!r} returned shape {tuple(r_B.shape)} for {len(completions)} completions",
+                    on_one_rank=True,
                 )
             for value, prompt, completion in zip(r_B.tolist(), prompts.texts, completions, strict=True):
                 if not math.isfinite(value):
-                    raise ConfigError(f"reward {name!r} is {value} for prompt {prompt!r} and completion {completion!r}")
+                    raise ConfigError(
+                        f"reward {name!r} is {value} for prompt {prompt!r} and completion {completion!r}",
+                        on_one_rank=True,
+                    )
         total_B = torch.stack([self.weights[name] * r_B for name, r_B in parts.items()]).sum(0)
         return total_B, parts
 
@@ -68,6 +79,9 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
     """The scorer and the guide (None for unguided rollouts); one set of weights where they are the same model."""
     c = config.reward
     functions = {path.partition(":")[2] or path: resolve(path, "reward function") for path in c.functions}
+    for path, function in zip(functions, functions.values(), strict=True):
+        if not callable(function):
+            raise ConfigError(f"reward function {path!r} cannot be called: it is {function!r}")
     if len(functions) < len(c.functions) or c.name in functions:
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
     weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}

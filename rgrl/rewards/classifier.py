@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -160,7 +162,10 @@ def load_classifier(
     Raises `ConfigError` for anything that is not one.
     """
     folder = fetch_checkpoint(path, "reward model")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(f"reward model {path}: its config.json cannot be read: {error}") from error
     if config.num_labels != 1:
         raise ConfigError(f"reward model {path} has {config.num_labels} labels; a reward model has exactly 1")
     if not list(folder.glob("*.safetensors")):
@@ -169,9 +174,14 @@ def load_classifier(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"reward model {path} has no tokenizer that transformers can load") from error
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
-    )
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what comes out where its files are missing
+        raise ConfigError(f"reward model {path} has no tokenizer: it reads no tokens in a word")
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"reward model {path} cannot be loaded: {error}") from error
     if info["missing_keys"]:
         raise ConfigError(
             f"reward model {path} lacks the weights {sorted(info['missing_keys'])[0]} and so has no score"
