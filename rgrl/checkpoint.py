@@ -73,14 +73,19 @@ def find_checkpoint(config: Config) -> Path | None:
     return folder
 
 
-def check_compatible(folder: Path, config: Config, ranks: int) -> None:
-    """Refuse to resume with what must not change, naming both values. Raises `ConfigError`."""
+def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tuple[str, ...] = _FIXED) -> None:
+    """Refuse to go on with settings `keys` (or a number of `ranks`) other than the saved ones, naming both values.
+
+    Raises `ConfigError`.
+    """
     saved = _read(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
     now = to_dict(config)
-    for key in _FIXED:
+    for key in keys:
         before, after = _get(saved, key), _get(now, key)
         if before != after:
             raise ConfigError(f"cannot resume {folder}: `{key}` was {before} and is now {after}")
+    if ranks is None:
+        return
     if not (folder / f"rng_{ranks - 1}.pt").is_file() or (folder / f"rng_{ranks}.pt").is_file():
         raise ConfigError(f"cannot resume {folder} with {ranks} processes: it was saved with another number")
 

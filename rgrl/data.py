@@ -56,13 +56,16 @@ def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
         if not file.is_file():
             raise ConfigError(f"data file {path}: no such file")
         try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # Not `splitlines`, which also cuts at characters that JSON may hold.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start})") from error
         if file.suffix == ".txt":
-            return [{"prompt": line} for line in lines]
+            return [{"prompt": line} for line in lines if line.strip()]
         rows = []
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -75,6 +78,8 @@ def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
         raise ConfigError(f"data file {path}: no such file")
     import datasets  # only for what the standard library does not read
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print a cause that our error names
     if file.is_file():
         kind = file.suffix.removeprefix(".")
         if kind not in ("json", "csv", "parquet"):
@@ -82,7 +87,7 @@ def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
         try:
             return list(datasets.load_dataset(kind, data_files=path, split="train"))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ConfigError(f"data file {path} cannot be read as {kind}: {error}") from error
+            raise ConfigError(f"data file {path} cannot be read as {kind}: {error.__cause__ or error}") from error
     if file.is_dir():
         try:
             saved = datasets.load_from_disk(path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,10 @@ def _start_wandb(config: Config) -> Any:
 
     folder = Path(config.run.output_dir)
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id)
     asked = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode not in (None, "online", "shared")
-    mode = None if asked or wandb.api.api_key else "offline"
+    mode = None if asked or wandb.login(prompt=False, verify=False) else "offline"
     return wandb.init(
         project=config.tracking.project,
         name=config.tracking.name or folder.name,

@@ -134,6 +134,8 @@ def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:
     """The parts of a run with the adapter that `run.resume_from_checkpoint` names, and its eval prompts."""
     accelerator = Accelerator()
     folder = find_checkpoint(config) if config.run.resume_from_checkpoint else None
+    if folder is not None:
+        check_compatible(folder, config, None, ("lora",))  # another alpha would fit and be another policy
     parts = set_up(config, accelerator)
     if parts.eval_prompts is None:
         raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")

@@ -12,6 +12,7 @@ from rgrl.rewards import load_classifier
 from rgrl.types import Prompts
 
 V, END = 40, 7
+# Ends every turn with a token; conftest's own template ends none.
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
 TEXTS = ["this movie", "the plot of this film is, as a thriller,", "it"]
 
@@ -20,10 +21,18 @@ def is_end(ids):
     return ids == END
 
 
-@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["no template", "template"])
+@pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["no ending", "ending"])
 def reward(request, tmp_path_factory):
-    # In float64, since Adam's first step divides a gradient by its own size and so magnifies rounding.
-    return load_classifier(str(write_reward(tmp_path_factory.mktemp("r"), template=request.param)), "cpu").double()
+    # Adam divides a gradient by its own size and so magnifies rounding: float64 throughout, also in the
+    # normalisation layers, where transformers' own go down to float32.
+    loaded = load_classifier(str(write_reward(tmp_path_factory.mktemp("r"), template=request.param)), "cpu").double()
+    for parent in list(loaded.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Qwen3RMSNorm":
+                exact = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
+                exact.weight = child.weight
+                setattr(parent, name, exact)
+    return loaded
 
 
 def canvas():

@@ -79,9 +79,9 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
     """The scorer and the guide (None for unguided rollouts); one set of weights where they are the same model."""
     c = config.reward
     functions = {path.partition(":")[2] or path: resolve(path, "reward function") for path in c.functions}
-    for path, function in zip(functions, functions.values(), strict=True):
+    for name, function in functions.items():
         if not callable(function):
-            raise ConfigError(f"reward function {path!r} cannot be called: it is {function!r}")
+            raise ConfigError(f"reward function {name!r} cannot be called: it is {function!r}")
     if len(functions) < len(c.functions) or c.name in functions:
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
     weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}

@@ -68,7 +68,8 @@ class ClassifierReward(nn.Module):
         if not self.tokenizer.chat_template:
             return prompt + "\n", ""
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
-        before, _, after = self.tokenizer.apply_chat_template(turns, tokenize=False).partition(_MARK)
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        before, _, after = text.rpartition(_MARK)  # the last one: the prompt may hold it too
         return before, after
 
     def _ids(self, text: str) -> list[int]:

@@ -1,0 +1,335 @@
+"""The unmasking loop against a slow version of it: loops over steps, rows and positions, plain Python numbers."""
+
+import math
+
+import pytest
+import torch
+from conftest import PROMPTS
+
+from rgrl.config import GuidanceConfig, ModelConfig, RolloutConfig
+from rgrl.denoise import DenoiseStats, Guide, commit_schedule, denoise
+from rgrl.guidance import guide
+from rgrl.models import load_policy
+
+V, MASK, END, C = 12, 11, 7, 6
+
+
+def is_end(ids):
+    return ids == END
+
+
+class Toy:
+    """A policy whose logits at a position depend on every token of its row: order of commitment matters."""
+
+    def __init__(self, seed=0, scale=0.5, end_bias=0.0):
+        rng = torch.Generator().manual_seed(seed)
+        self.token_VH = torch.randn(V, 8, generator=rng)
+        self.place_LH = torch.randn(32, 8, generator=rng)
+        self.out_HV = scale * torch.randn(8, V, generator=rng)
+        self.end_bias = end_bias
+        self.calls = 0
+
+    def __call__(self, canvas_BL, attention_BL, at_BL):
+        self.calls += 1
+        L = canvas_BL.shape[1]
+        states_BLH = self.token_VH[canvas_BL] * self.place_LH[:L].flip(0) * attention_BL[..., None]
+        mixed_BLH = torch.tanh(states_BLH.sum(1, keepdim=True) + self.place_LH[:L].flip(0))
+        logits_BLV = mixed_BLH @ self.out_HV
+        logits_BLV[..., END] += self.end_bias
+        logits_BLV[..., MASK] = float("-inf")
+        return logits_BLV[at_BL]
+
+
+def prompts():
+    prompt_BL = torch.tensor([[0, 0, 3, 1], [4, 5, 6, 8], [0, 2, 2, 9]])
+    attention_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    return prompt_BL, attention_BL
+
+
+def toy_guide(kind="expectation"):
+    rng = torch.Generator().manual_seed(4)
+    embedding_VD, direction_D = torch.randn(V, 5, generator=rng), torch.randn(5, generator=rng)
+
+    def reward(response_BCD, attention_BC):
+        return torch.tanh((response_BCD * attention_BC[..., None]) @ direction_D).sum(1)
+
+    return Guide(reward, embedding_VD, GuidanceConfig(kind=kind, steps=2, eta=0.7))
+
+
+def run(policy, config, seed=0, guidance=None, stats=None):
+    prompt_BL, attention_BL = prompts()
+    rng = torch.Generator().manual_seed(seed)
+    return denoise(policy, prompt_BL, attention_BL, MASK, is_end, config, rng, guidance, stats)
+
+
+def log_distribution(logits_V, config):
+    """Tempered and truncated by a full sort, as a list of log-probabilities (-inf outside the support)."""
+    scaled = [x / config.temperature for x in logits_V.tolist()]
+    order = sorted(range(len(scaled)), key=lambda v: -scaled[v])[: config.top_k or len(scaled)]
+    weight = {v: math.exp(scaled[v] - scaled[order[0]]) for v in order}
+    kept, mass, total = [], 0.0, sum(weight.values())
+    for v in order:
+        if mass >= config.top_p * total:
+            break
+        kept.append(v)
+        mass += weight[v]
+    return [math.log(weight[v] / mass) if v in kept and weight[v] > 0 else -math.inf for v in range(len(scaled))]
+
+
+def slow_confidence(rule, logp, token, u):
+    p = [math.exp(x) for x in logp]
+    if rule == "origin":
+        return u
+    if rule == "maskgit_plus":
+        return p[token]
+    if rule == "topk_margin":
+        best, second = sorted(p, reverse=True)[:2]
+        return best - second
+    return sum(x * math.log(x) for x in p if x > 0)
+
+
+class TieError(Exception):
+    """Two positions are equally sure and only one is to be committed: the method doesn't say which."""
+
+
+def slow_denoise(policy, config, seed, guidance=None):
+    """Section 1 of the method; draws the same random numbers in the same order as the loop under test."""
+    prompt_BL, attention_BL = prompts()
+    rng = torch.Generator().manual_seed(seed)
+    B, width = prompt_BL.shape
+    T = config.steps
+    canvas = [row + [MASK] * C for row in prompt_BL.tolist()]
+    attention = torch.cat([attention_BL, torch.ones(B, C, dtype=torch.bool)], 1)
+    step, behaviour, own = ([[None] * C for _ in range(B)] for _ in range(3))
+    for t in range(T):
+        # C (T - t - 1) / T tokens should be hidden after step t, rounded up.
+        hidden_after = -(-C * (T - t - 1) // T)
+        hidden = [[c for c in range(C) if canvas[b][width + c] == MASK] for b in range(B)]
+        k = len(hidden[0]) - hidden_after
+        assert k > 0
+        ids = torch.tensor(canvas)
+        at = ids == MASK
+        policy_NV = policy(ids, attention, at)
+        guided_NV = policy_NV
+        if guidance is not None:  # test_guidance.py compares this part with a slow version of its own
+            g, completion = guidance, ids[:, width:]
+            guided_NV = guide(
+                policy_NV, completion, completion == MASK, g.reward, g.embedding_VD, is_end, g.config, config, rng
+            )
+        N = len(policy_NV)
+        u_NV = torch.rand(N, V, generator=rng)
+        order_N = torch.rand(N, generator=rng).tolist() if config.confidence == "origin" else [0.0] * N
+        gumbel_N = [0.0] * N
+        if config.position_temperature > 0:
+            gumbel_N = [-math.log(-math.log(u)) for u in torch.rand(N, generator=rng).tolist()]
+        n = 0
+        for b in range(B):
+            ranked = []
+            for c in hidden[b]:
+                own_logp = log_distribution(policy_NV[n], config)
+                logp = log_distribution(guided_NV[n], config)
+                noisy = [x - math.log(-math.log(u)) for x, u in zip(logp, u_NV[n].tolist(), strict=True)]
+                token = noisy.index(max(noisy))
+                read = logp if config.confidence_from == "guided" else own_logp
+                sure = slow_confidence(config.confidence, read, token, order_N[n])
+                sure += config.position_temperature * gumbel_N[n]
+                if config.defer_eos and token == END:
+                    sure = -math.inf
+                ranked.append((sure, c, token, logp[token], own_logp[token]))
+                n += 1
+            ranked.sort(key=lambda item: -item[0])
+            if k < len(ranked) and math.isclose(ranked[k - 1][0], ranked[k][0], abs_tol=1e-6):
+                raise TieError
+            for _, c, token, logp, own_logp in ranked[:k]:
+                canvas[b][width + c] = token
+                step[b][c], behaviour[b][c], own[b][c] = t, logp, own_logp
+    return canvas, step, behaviour, own
+
+
+RULES = ["entropy", "maskgit_plus", "topk_margin", "origin"]
+
+
+def assert_same(toy, config, guidance=None):
+    """The loop under test and the slow one agree, for the first four seeds without a tie."""
+    compared = 0
+    for seed in range(30):
+        try:
+            canvas, step, behaviour, own = slow_denoise(toy, config, seed, guidance)
+        except TieError:
+            continue
+        rollout = run(toy, config, seed, guidance)
+        assert rollout.canvas_BL.tolist() == canvas
+        assert rollout.unmask_step_BC.tolist() == step
+        torch.testing.assert_close(rollout.behaviour_logp_BC, torch.tensor(behaviour), rtol=0, atol=1e-5)
+        torch.testing.assert_close(rollout.policy_logp_BC, torch.tensor(own), rtol=0, atol=1e-5)
+        compared += 1
+        if compared == 4:
+            return
+    raise AssertionError(f"only {compared} seeds without a tie")
+
+
+@pytest.mark.parametrize("position_temperature", [0.0, 0.6])
+@pytest.mark.parametrize("source", ["policy", "guided"])
+@pytest.mark.parametrize("rule", RULES)
+def test_guided_denoising_equals_the_slow_loop(rule, source, position_temperature):
+    config = RolloutConfig(
+        max_completion_length=C,
+        steps=4,
+        temperature=0.8,
+        top_p=0.9,
+        top_k=7,
+        confidence=rule,
+        confidence_from=source,
+        position_temperature=position_temperature,
+    )
+    assert_same(Toy(), config, toy_guide("entrgi"))
+
+
+@pytest.mark.parametrize("steps", [2, 4, 6])
+@pytest.mark.parametrize("defer_eos", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_unguided_denoising_equals_the_slow_loop(rule, defer_eos, steps):
+    # End-of-text is likely, so that deferring it changes the order; no truncation in this one.
+    config = RolloutConfig(
+        max_completion_length=C, steps=steps, temperature=1.3, top_p=1.0, top_k=0, confidence=rule, defer_eos=defer_eos
+    )
+    assert_same(Toy(end_bias=1.0), config)
+
+
+def test_what_the_confidence_reads_changes_the_order():
+    # Otherwise the comparison of both sources above would say nothing.
+    orders = []
+    for source in ("policy", "guided"):
+        config = RolloutConfig(max_completion_length=C, steps=C, confidence_from=source)
+        rollouts = [run(Toy(), config, seed, toy_guide()) for seed in range(5)]
+        orders.append(torch.stack([r.unmask_step_BC for r in rollouts]))
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize(("length", "steps"), [(8, 8), (8, 4), (8, 3), (7, 5), (128, 128), (128, 48), (5, 1)])
+def test_schedule_falls_linearly_and_sums_to_the_length(length, steps):
+    schedule = commit_schedule(length, steps)
+    assert len(schedule) == steps and sum(schedule) == length
+    hidden = length
+    for t, k in enumerate(schedule, 1):
+        hidden -= k
+        assert 0 <= hidden - length * (1 - t / steps) < 1  # the line, to within one token
+    assert max(schedule) - min(schedule) <= 1
+
+
+def test_steps_that_would_commit_nothing_cost_no_forward_pass():
+    policy = Toy()
+    config = RolloutConfig(max_completion_length=C, steps=C + 5)
+    rollout = run(policy, config)
+    assert policy.calls == C
+    assert not (rollout.completion_BC == MASK).any()
+
+
+def test_without_guidance_both_logps_are_the_same():
+    config = RolloutConfig(max_completion_length=C, steps=4)
+    for guidance in (None, toy_guide("none")):
+        rollout = run(Toy(), config, guidance=guidance)
+        assert torch.equal(rollout.behaviour_logp_BC, rollout.policy_logp_BC)
+        assert (rollout.policy_logp_BC < 0).any()
+    guided = run(Toy(), config, guidance=toy_guide())
+    assert not torch.allclose(guided.behaviour_logp_BC, guided.policy_logp_BC)
+
+
+def test_a_token_outside_the_policys_own_support_has_logp_minus_infinity():
+    config = RolloutConfig(max_completion_length=C, steps=3, top_k=2, top_p=1.0)
+    strong = toy_guide()
+    strong = Guide(strong.reward, strong.embedding_VD, GuidanceConfig(kind="expectation", steps=5, eta=2.0))
+    rollout = run(Toy(), config, guidance=strong)
+    assert torch.isneginf(rollout.policy_logp_BC).any()
+    assert torch.isfinite(rollout.behaviour_logp_BC).all()  # what was sampled was possible
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_recorded_logps_are_those_of_the_canvas_before_each_step(guided, dream_dir):
+    policy = load_policy(ModelConfig(path=str(dream_dir)))
+    config = RolloutConfig(max_completion_length=8, steps=5, temperature=0.7, top_k=20, top_p=0.9)
+    prompt_BL, attention_BL = policy.encode_prompts(PROMPTS[:3], 16)
+    guidance = None
+    if guided:
+        direction_D = torch.tensor([1.0, -1.0, 2.0])
+        table_VD = torch.randn(policy.vocab_size, 3, generator=torch.Generator().manual_seed(0))
+        guidance = Guide(lambda x_BCD, a_BC: (x_BCD @ direction_D).sum(1), table_VD, GuidanceConfig(kind="expectation"))
+    rng = torch.Generator().manual_seed(0)
+    rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, config, rng, guidance)
+    width = prompt_BL.shape[1]
+    for b in range(3):
+        ids = rollout.canvas_BL[b]
+        for t in range(5):
+            before = ids.clone()
+            hidden = rollout.unmask_step_BC[b] >= t
+            before[width:][hidden] = policy.mask_id
+            logits_LV = policy.logits(before[None], rollout.attention_BL[b : b + 1])[0].detach()
+            for c in (rollout.unmask_step_BC[b] == t).nonzero()[:, 0].tolist():
+                expected = log_distribution(logits_LV[width + c], config)[ids[width + c]]
+                assert rollout.policy_logp_BC[b, c].item() == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(rollout.canvas_BL[:, :width], prompt_BL)
+    assert torch.equal(rollout.attention_BL[:, :width], attention_BL)
+    if not guided:
+        assert torch.equal(rollout.behaviour_logp_BC, rollout.policy_logp_BC)
+
+
+def fixed_ends(canvas_BL, attention_BL, at_BL):
+    """Positions 1, 2 and 4 of the completion are end-of-text for certain; the others are unsure between two words."""
+    logits_BLV = torch.full((*canvas_BL.shape, V), float("-inf"))
+    logits_BLV[..., [2, 3]] = torch.tensor([0.0, 0.3])
+    ends = [4 + c for c in (1, 2, 4)]
+    logits_BLV[:, ends] = float("-inf")
+    logits_BLV[:, ends, END] = 0.0
+    return logits_BLV[at_BL]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_deferred_end_of_text_is_committed_last(rule):
+    config = RolloutConfig(max_completion_length=C, steps=C, confidence=rule, defer_eos=True)
+    step_BC = run(fixed_ends, config).unmask_step_BC
+    assert (step_BC[:, [1, 2, 4]] >= 3).all() and (step_BC[:, [0, 3, 5]] < 3).all()
+
+
+def test_sure_end_of_text_is_committed_first_unless_deferred():
+    step_BC = run(fixed_ends, RolloutConfig(max_completion_length=C, steps=C)).unmask_step_BC
+    assert (step_BC[:, [1, 2, 4]] < 3).all()
+
+
+def test_completion_mask_ends_with_the_first_end_token():
+    config = RolloutConfig(max_completion_length=C, steps=C)
+    assert run(fixed_ends, config).completion_mask_BC.tolist() == [[True, True, False, False, False, False]] * 3
+    endless = run(Toy(end_bias=-100.0), config)
+    assert endless.completion_mask_BC.all()
+
+
+def test_same_seed_same_rollout_and_no_mask_token_remains():
+    config = RolloutConfig(max_completion_length=C, steps=3, confidence="origin", position_temperature=0.5)
+    torch.manual_seed(1)
+    one = run(Toy(), config, seed=5, guidance=toy_guide("aps"))
+    torch.manual_seed(2)  # the global generator has no say
+    two = run(Toy(), config, seed=5, guidance=toy_guide("aps"))
+    other = run(Toy(), config, seed=6, guidance=toy_guide("aps"))
+    for name, value in vars(one).items():
+        assert torch.equal(value, vars(two)[name]), name
+    assert not torch.equal(one.canvas_BL, other.canvas_BL)
+    for rollout in (one, other):
+        assert not (rollout.completion_BC == MASK).any()
+
+
+def test_rollout_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    run(Toy(), RolloutConfig(max_completion_length=C, steps=3), guidance=toy_guide("aps"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_changed_share_counts_committed_tokens_whose_best_guess_moved():
+    config = RolloutConfig(max_completion_length=C, steps=2)
+    unguided, weak, strong = DenoiseStats(), DenoiseStats(), DenoiseStats()
+    run(Toy(), config, guidance=toy_guide("none"), stats=unguided)
+    base = toy_guide()
+    run(Toy(), config, 0, Guide(base.reward, base.embedding_VD, GuidanceConfig("expectation", 1, 1e-6)), weak)
+    run(Toy(), config, 0, Guide(base.reward, base.embedding_VD, GuidanceConfig("expectation", 9, 3.0)), strong)
+    assert unguided.changed == []
+    assert weak.changed_share() == 0
+    assert 0 < strong.changed_share() <= 1
+    assert int(torch.stack(strong.committed).sum()) == 3 * C
