@@ -104,11 +104,14 @@ def save(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
 ) -> Path:
-    """Write `checkpoints/step_N` and delete all but the newest `run.keep_checkpoints`. Collective."""
+    """Write `checkpoints/step_N` and keep the newest `run.keep_checkpoints` up to it. Collective.
+
+    Later ones are of a run that was given up for an older checkpoint, as are the metrics it had after that.
+    """
     root = Path(config.run.output_dir) / "checkpoints"
     final, partial = root / f"step_{progress.step:06d}", root / f".partial_{progress.step:06d}"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(root)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     torch.save(_rng(), partial / f"rng_{accelerator.process_index}.pt")
@@ -122,14 +125,27 @@ def save(
     if accelerator.is_main_process:
         for path in partial.rglob("*"):
             _flush(path)
-        if final.exists():  # a resumed run passes the same step again: the new one is the same, keep one
-            shutil.rmtree(final)
+        if final.exists():  # a run that went back to an older checkpoint passes the same step again
+            _set_aside(final)
         os.replace(partial, final)
         _flush(root)
-        for old in checkpoints(Path(config.run.output_dir))[: -config.run.keep_checkpoints]:
-            shutil.rmtree(old)
+        found = checkpoints(Path(config.run.output_dir))
+        end = found.index(final) + 1
+        for old in found[: max(0, end - config.run.keep_checkpoints)] + found[end:]:
+            _set_aside(old)
+        _clear(root)
     accelerator.wait_for_everyone()
     return final
+
+
+def _set_aside(folder: Path) -> None:
+    """Take a checkpoint's name from it: a kill while it is being deleted must not leave half of it under that name."""
+    os.replace(folder, folder.with_name(f".partial_{folder.name}"))
+
+
+def _clear(root: Path) -> None:
+    for leftover in root.glob(".partial_*"):
+        shutil.rmtree(leftover)
 
 
 def _flush(path: Path) -> None:
@@ -163,13 +179,17 @@ def load(
     accelerator: Accelerator,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> Progress:
-    """Restore everything `save` wrote. Raises `ConfigError`."""
+    """Restore everything `save` wrote; the rate and the weight decay follow the config. Raises `ConfigError`."""
     load_adapter(folder, policy)
     state = _read(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+    done, base = state["schedule"]["last_epoch"], schedule.base_lrs
+    rates = [lr * share(done) for lr, share in zip(base, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict(state["schedule"] | {"base_lrs": base, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     rng = _read(folder / f"rng_{accelerator.process_index}.pt", lambda path: torch.load(path, weights_only=True))
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and torch.cuda.is_available():

@@ -47,7 +47,7 @@ class Parts:
     stream: PromptStream
     eval_prompts: Prompts | None
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
 
 
 @dataclass
@@ -166,6 +166,8 @@ def sample(config: Config) -> Iterator[dict]:
 def set_up(config: Config, accelerator: Accelerator) -> Parts:
     """Load every part and check what only the parts together can tell. Raises `ConfigError`."""
     device = accelerator.device
+    # Nothing here reads the global generator, but a user's own reward or objective may.
+    torch.manual_seed(generator(config.run.seed, 0, accelerator.process_index, "global").initial_seed())
     for what, name, known, kind in (
         ("objective", config.objective.name, OBJECTIVES, Objective),
         ("estimator", config.objective.estimator, ESTIMATORS, Estimator),

@@ -1,0 +1,81 @@
+"""Runs of recipes/train.py in processes of their own, for the tests that kill, resume and launch them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from rgrl.tracking import TIMING, read_metrics
+
+TESTS = Path(__file__).parent
+TRAIN = TESTS.parent / "recipes" / "train.py"
+_PATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))  # so that a run finds `die_at_call`
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH}
+# `accelerate launch --cpu` starts one process whatever --num_processes says: this is how it starts more on CPUs.
+PAIR = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0".split()
+
+_calls = 0
+
+
+def die_at_call(prompts, completions, rows):
+    """A reward that takes its process away, as a power cut would, at the call and on the rank of the environment.
+
+    It draws from the global generator, as anybody's own reward may: its state is part of a checkpoint.
+    """
+    global _calls
+    _calls += 1
+    if f"{os.environ.get('RANK', 0)}:{_calls}" == os.environ.get("DIE_AT"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.1 * len(text) + float(torch.rand(())) for text in completions]
+
+
+def start(script: Path, *words: str | Path, processes: int = 1, env: dict | None = None, **more: str):
+    """The process that runs `script` on one rank, or launches it on two. Its stdin is closed."""
+    launcher, backend = (PAIR, {"ACCELERATE_USE_CPU": "true"}) if processes == 2 else ([], {})
+    return subprocess.Popen(
+        ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, *launcher, str(script), *map(str, words)],
+        env=(env or ENV) | backend | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What the process printed; it must end with `code`."""
+    try:
+        out, err = process.communicate(timeout=170)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it launched
+        raise
+    assert process.returncode == code, err[-3000:]
+    return out + err
+
+
+def write(config: dict, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def adapter(output: Path, step: int) -> bytes:
+    return (output / "checkpoints" / f"step_{step:06d}" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def saved(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def untimed(output: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what no two runs share."""
+    lines = read_metrics(output / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if not key.startswith(TIMING)} for line in lines]
+
+
+def tables(output: Path) -> dict[str, list[dict]]:
+    return {path.name: pq.read_table(path).to_pylist() for path in sorted((output / "completions").iterdir())}
