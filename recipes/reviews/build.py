@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForSequenceClassification,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from rgrl.config import ModelConfig, RolloutConfig
 from rgrl.denoise import denoise
@@ -33,6 +34,7 @@ from rgrl.types import Prompts
 
 HERE = Path(__file__).parent
 SEED = 20602
+FIRST_STEPS, SECOND_STEPS = 2800, 1600  # of the policy
 VOCAB, COMPLETION, OPENING = 4096, 32, 10  # token counts; a completion is padded to COMPLETION with end-of-text
 SPECIALS = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -184,7 +186,7 @@ def encode_pairs(tokenizer: Qwen2Tokenizer, texts: list[str], words: list[int]) 
     cut = [corpus.split_opening(text, n) for text, n in zip(texts, words, strict=True)]
     prompts = tokenizer([f"<|user|>{opening}<|assistant|>" for opening, _ in cut])["input_ids"]
     completions = tokenizer([rest for _, rest in cut])["input_ids"]
-    return list(zip(prompts, completions, strict=True))
+    return [(prompt, completion[:COMPLETION]) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def canvas_of(tokenizer: Qwen2Tokenizer, pairs: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,15 +222,16 @@ def masked_cross_entropy(
 
 
 def build_policy(
-    tokenizer: Qwen2Tokenizer, reviews: list[str], others: list[str], work: Path, out: Path, steps: int, rows: int = 64
+    tokenizer: Qwen2Tokenizer, reviews: list[str], others: list[str], work: Path, out: Path, rows: int = 64
 ) -> None:
+    """Two stages: prose first and more and more reviews, then reviews nearly alone at half the rate."""
     torch.manual_seed(SEED)
     config = policy_config(tokenizer)
     model = new_policy(config)
 
     def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
         rng = random.Random(f"policy/{SEED}/{step}")
-        share = min(1.0, 0.15 + 0.95 * max(0.0, step / steps - 0.05))
+        share = min(0.95, 0.15 + 0.95 * max(0.0, step / FIRST_STEPS - 0.05))
         texts = [rng.choice(reviews if rng.random() < share else others) for _ in range(rows)]
         pairs = encode_pairs(tokenizer, texts, [rng.randint(0, corpus.OPENING_WORDS) for _ in texts])
         canvas_BL, attention_BL, weight_BC = canvas_of(tokenizer, pairs)
@@ -249,7 +252,8 @@ def build_policy(
         canvas_BL[:, :width][hidden] = tokenizer.mask_token_id
         return masked_cross_entropy(model, tokenizer.mask_token_id, canvas_BL, attention_BL, weight_BC, masked_BC)
 
-    train("policy", work, model, loss_fn, steps, learning_rate=2e-3)
+    train("policy", work, model, loss_fn, FIRST_STEPS, learning_rate=2e-3)
+    train("policy_reviews", work, model, lambda m, i: loss_fn(m, FIRST_STEPS + i), SECOND_STEPS, learning_rate=1e-3)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     from safetensors.torch import save_file
@@ -512,10 +516,10 @@ def chunks(items: list, size: int) -> Iterator[list]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/reviews"), help="downloads and training state")
-    parser.add_argument("--policy-steps", type=int, default=2800)
-    parser.add_argument("--only", choices=("reward", "judge"), help="just one, so that both can be built at once")
+    parser.add_argument("--only", choices=("policy", "reward", "judge"), help="just this one")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # of transformers' own loading and saving
     corpus.fetch(args.work / "download")
     snippets, lexicon = corpus.rated(args.work / "download")
     prose = corpus.plain(args.work / "download")
@@ -529,11 +533,11 @@ def main() -> None:
     def short(texts: list[str]) -> list[str]:
         return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < COMPLETION]
 
-    reviews = short([s.text for s in known if s.source == "movie"])
+    reviews = [s.text for s in known if s.source == "movie"]  # the long ones are cut at the end of the canvas
     others = short([s.text for s in known if s.source in ("nyt", "amazon")] + prose)
     if not (policy_dir / "model.safetensors").exists():
         print(f"policy: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
-        build_policy(tokenizer, reviews, others, args.work, policy_dir, args.policy_steps)
+        build_policy(tokenizer, reviews, others, args.work, policy_dir)
 
     held_out = [s for s in snippets if s.held_out]
     model = load_policy(ModelConfig(path=str(policy_dir))).causal_lm
