@@ -56,7 +56,12 @@ def find_checkpoint(config: Config) -> Path | None:
     """The folder to resume from, None for a fresh start. Raises `ConfigError`."""
     wanted, output = config.run.resume_from_checkpoint, Path(config.run.output_dir)
     if wanted is None:
-        if (output / "metrics.jsonl").exists() or checkpoints(output):
+        if (output / "metrics.jsonl").exists() and not checkpoints(output):
+            raise ConfigError(
+                f"`run.output_dir` {output} already holds a run, stopped before its first checkpoint: delete it or "
+                "choose another folder"
+            )
+        if checkpoints(output):
             raise ConfigError(
                 f"`run.output_dir` {output} already holds a run: pass --run.resume_from_checkpoint latest to go on "
                 "with it, or choose another folder"

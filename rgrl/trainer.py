@@ -4,6 +4,7 @@ Every process holds the whole frozen model and the same adapter, rolls out its o
 nothing but adapter gradients and a handful of sums.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ def train(config: Config) -> tuple[Path, bool]:
     Raises `ConfigError` for bad input, before any long work starts.
     """
     accelerator = Accelerator()
+    check_layout(accelerator)
     check_writable(Path(config.run.output_dir))
     resume = find_checkpoint(config)
     if resume is not None:
@@ -128,6 +130,16 @@ def train(config: Config) -> tuple[Path, bool]:
     tracker.close()
     accelerator.end_training()
     return output, accelerator.is_main_process
+
+
+def check_layout(accelerator: Accelerator) -> None:
+    """Refuse processes that do not know of each other: each would be a main process writing to the same folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ConfigError(
+            f"{started} processes were started but Accelerate joined {accelerator.num_processes}: without GPUs, set "
+            "ACCELERATE_USE_CPU=true"
+        )
 
 
 def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:

@@ -16,7 +16,7 @@ from conftest import PROMPTS, REPO, random_weights, write_dream, write_llada, wr
 from safetensors.torch import load_file, save_file
 
 from rgrl.cli import run
-from rgrl.config import Config, load_config
+from rgrl.config import Config, ConfigError, load_config
 from rgrl.models.families import DREAM
 from rgrl.trainer import evaluate_checkpoint, train
 
@@ -562,3 +562,20 @@ def test_evaluation_refuses_an_adapter_of_another_scale(tiny, finished, tmp_path
     case.resume(lora__alpha=64, data__eval_path=str(tmp_path / "prompts.jsonl"))
     [message] = refuse(case.command(), monkeypatch, capfd, evaluate_checkpoint)
     assert "`lora` was" in message and "'alpha': 32.0" in message and "'alpha': 64.0" in message
+
+
+def test_processes_that_were_not_joined_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny))
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true"):
+        train(load_config(tmp_path / "c.yaml"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_is_told_apart(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tiny))
+    with pytest.raises(ConfigError, match="before its first checkpoint"):
+        train(load_config(tmp_path / "c.yaml"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
