@@ -1,5 +1,6 @@
 """Build the reviews recipe's tokenizer, policy, reward model and judge from nothing, on two CPU cores.
 
+    pip install -e ".[build]"
     python recipes/reviews/build.py --work /tmp/reviews-build
 
 Stages: tokenizer -> policy -> reward -> judge -> report. Each writes into `recipes/reviews/` when it is
@@ -16,6 +17,8 @@ from pathlib import Path
 import corpus
 import torch
 import torch.nn.functional as F
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
 from torch import Tensor
 from transformers import (
     Qwen2Config,
@@ -35,6 +38,8 @@ from rgrl.types import Prompts
 HERE = Path(__file__).parent
 SEED = 20602
 FIRST_STEPS, SECOND_STEPS = 2800, 1600  # of the policy
+LM_STEPS, REWARD_STEPS = 400, 800  # of the reward model and of the judge
+PENALTY = 4.0  # rating points that broken text loses
 VOCAB, COMPLETION, OPENING = 4096, 32, 10  # token counts; a completion is padded to COMPLETION with end-of-text
 SPECIALS = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -292,7 +297,6 @@ class RewardRecipe:
     seed: int
     width: int
     layers: int
-    steps: int
     corruptions: tuple[Callable[[random.Random, str, str], str], ...]
     sampler: dict[str, object]  # how the policy's own samples that it learns to tell from real text were drawn
 
@@ -348,9 +352,8 @@ REWARD = RewardRecipe(
     "reward",
     0,
     31,
-    192,
+    160,
     4,
-    1600,
     (loop_tail, shuffle_all, splice),
     {"temperature": 1.0, "steps": 16, "confidence": "entropy"},
 )
@@ -358,9 +361,8 @@ JUDGE = RewardRecipe(
     "judge",
     1,
     47,
-    160,
-    4,
-    1400,
+    128,
+    5,
     (stutter, shuffle_near, sprinkle, phrases, loop_tail),
     {"temperature": 0.8, "steps": 8, "confidence": "origin"},
 )
@@ -400,14 +402,19 @@ def read_scores(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor) ->
     return model.score(states_BLD[:, -1])[:, 0].float(), states_BLD
 
 
-def pairwise(score_B: Tensor, rating_B: Tensor, gap: float) -> Tensor:
-    """Bradley-Terry loss over all pairs whose ratings are more than `gap` apart."""
-    better_BB = rating_B[:, None] - rating_B[None, :] > gap
-    return F.softplus(-(score_B[:, None] - score_B[None, :]))[better_BB].mean()
-
-
 def random_cut(rng: random.Random, text: str) -> tuple[str, str]:
     return corpus.split_opening(text, rng.randint(1, min(corpus.OPENING_WORDS, len(text.split()) - 1)))
+
+
+def word_teacher(texts: list[str], ratings: list[float]) -> Callable[[list[str]], list[float]]:
+    """Ridge regression of the rating on words and word pairs: it rates text that nobody rated.
+
+    With a few thousand ratings it tells liked from disliked text better than a network trained from nothing, and
+    what it says of the unrated text is what the network can learn from without memorising.
+    """
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\S+", sublinear_tf=True)
+    ridge = Ridge(alpha=1.0).fit(vectorizer.fit_transform(texts), ratings)
+    return lambda unrated: ridge.predict(vectorizer.transform(unrated)).tolist()
 
 
 def build_reward(
@@ -415,12 +422,17 @@ def build_reward(
     tokenizer: Qwen2Tokenizer,
     snippets: list[corpus.Snippet],
     lexicon: dict[str, float],
-    sentences: list[str],
-    samples: list[str],
+    prose: list[str],
+    samples: list[tuple[str, str]],
     work: Path,
     out: Path,
 ) -> None:
-    """A causal LM first, then pairwise on the human means and real against corrupted text, with some LM loss left."""
+    """A causal LM first, then one squared error for everything: the rating, less PENALTY for text that is broken.
+
+    Ratings are those of people where this recipe's half of the data has them, else `word_teacher`'s. One squared
+    error for both jobs, since two ranking losses fight: the network comes to know its few thousand rated texts by
+    heart as "real", and takes other real text for broken.
+    """
     torch.manual_seed(recipe.seed)
     model = Qwen3ForSequenceClassification(
         Qwen3Config(
@@ -436,39 +448,50 @@ def build_reward(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    movies = [s for s in snippets if s.source == "movie"]
-    others = [s for s in snippets if s.source != "movie"]
-    words = list(lexicon.items())
-    texts = sentences + [s.text for s in snippets] * 3
-    lm_steps = int(recipe.steps * 0.35)
+    mine = [s for s in snippets if s.half == recipe.half]
+    words = [(w, r) for w, r in lexicon.items() if corpus.half_of(w) == recipe.half]
+    rate = word_teacher(
+        [s.text for s in mine] + [w for w, _ in words], [s.rating for s in mine] + [r for _, r in words]
+    )
+    movies = [(s.text, s.rating) for s in mine if s.source == "movie"]
+    others = [(s.text, s.rating) for s in mine if s.source != "movie"]
+    theirs = [s.text for s in snippets if s.half != recipe.half and s.source == "movie"]  # without their ratings
+    unrated, plain = list(zip(theirs, rate(theirs), strict=True)), list(zip(prose, rate(prose), strict=True))
+    own = list(zip(samples, rate([opening + rest for opening, rest in samples]), strict=True))
+    texts = prose + [s.text for s in snippets] * 3
 
     def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
-        rng = random.Random(f"{recipe.name}/{recipe.seed}/{step}")
-        if step < lm_steps:
+        rng = random.Random(f"{recipe.name}/{recipe.seed}/q{step}")
+        if step < LM_STEPS:
             ids_BL, attention_BL = framed(tokenizer, [random_cut(rng, rng.choice(texts)) for _ in range(48)])
             return next_token(model, ids_BL, attention_BL, read_scores(model, ids_BL, attention_BL)[1])
-        rated = [rng.choice(movies) for _ in range(26)] + [rng.choice(others) for _ in range(10)]
-        real = [random_cut(rng, s.text) for s in rated]
-        listed = [rng.choice(words) for _ in range(12)]
-        cut_words = [(rng.choice(("the film", "it is", "the plot", "this movie")), " " + word) for word, _ in listed]
-        fakes = []
-        for s in rated[:20]:
-            corrupt = rng.choice(recipe.corruptions)(rng, s.text, rng.choice(movies).text)
-            fakes.append(random_cut(rng, corrupt) if len(corrupt.split()) > 1 else ("the film", " " + corrupt))
-        for text in (rng.choice(samples) for _ in range(12)):
-            opening, _, rest = text.partition("\t")
-            fakes.append((opening, rest))
-        ids_BL, attention_BL = framed(tokenizer, real + cut_words + fakes)
-        score_B, states_BLD = read_scores(model, ids_BL, attention_BL)
-        n, k = len(real), len(real) + len(listed)
-        sentiment = pairwise(score_B[:n], torch.tensor([s.rating for s in rated]), 0.5)
-        lexical = pairwise(score_B[n:k], torch.tensor([rating for _, rating in listed]), 0.5)
-        genuine = F.softplus(-(score_B[:n, None] - score_B[None, k:])).mean()
-        return (
-            sentiment + 0.5 * lexical + genuine + 0.1 * next_token(model, ids_BL[:n], attention_BL[:n], states_BLD[:n])
-        )
 
-    train(recipe.name, work, model, loss_fn, recipe.steps, learning_rate=2e-3, weight_decay=0.1)
+        def draw(rated: list, n: int) -> list:
+            return [rng.choice(rated) for _ in range(n)]
+
+        human = draw(movies, 44) + draw(others, 10)
+        real = human + draw(unrated, 24) + draw(plain, 8)
+        listed = draw(words, 10)
+        broken = []
+        for text, rating in draw(movies, 14) + draw(unrated, 14) + draw(plain, 4):
+            corrupt = rng.choice(recipe.corruptions)(rng, text, rng.choice(movies)[0])
+            if len(corrupt.split()) > 1:
+                broken.append((random_cut(rng, corrupt), rating - PENALTY))
+        # A policy's sample is not broken everywhere.
+        broken += [(cut, rating - 0.7 * PENALTY) for cut, rating in draw(own, 14)]
+        rows = [(random_cut(rng, text), rating) for text, rating in real] + broken
+        rows += [((rng.choice(("the film", "it is", "the plot", "this movie")), " " + w), r) for w, r in listed]
+        ids_BL, attention_BL = framed(tokenizer, [cut for cut, _ in rows])
+        # A tenth of the words is hidden, so that no text can be known by heart.
+        hidden_BL = torch.rand(ids_BL.shape, generator=torch.Generator().manual_seed(step)) < 0.1
+        hidden_BL &= ids_BL < len(tokenizer) - len(SPECIALS)
+        score_B, states_BLD = read_scores(model, ids_BL.masked_fill(hidden_BL, tokenizer.mask_token_id), attention_BL)
+        error_B = (score_B - torch.tensor([target for _, target in rows])).square()
+        n, k = len(human), len(listed)
+        squared = (error_B[:-k].sum() + 0.3 * error_B[-k:].sum()) / (len(rows) - 0.7 * k)
+        return squared + 0.05 * next_token(model, ids_BL[:n], attention_BL[:n], states_BLD[:n])
+
+    train(recipe.name, work, model, loss_fn, LM_STEPS + REWARD_STEPS, learning_rate=2e-3, weight_decay=0.1)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -554,8 +577,6 @@ def main() -> None:
     for recipe in (REWARD, JUDGE):
         if args.only not in (None, recipe.name):
             continue
-        mine = [s for s in known if s.half == recipe.half and len(s.text.split()) > 3]
-        words = {w: r for w, r in lexicon.items() if corpus.half_of(w) == recipe.half}
         rng = random.Random(recipe.seed)
         openings = [random_cut(rng, text)[0] for text in rng.sample(reviews, 1536)]
         samples = cached(
@@ -563,8 +584,10 @@ def main() -> None:
             lambda recipe=recipe, openings=openings: policy_samples(policy_dir, openings, recipe.seed, recipe.sampler),
         )
         if not (HERE / recipe.name / "model.safetensors").exists():
-            print(f"{recipe.name}: {len(mine)} rated snippets, {len(words)} rated words", flush=True)
-            build_reward(recipe, tokenizer, mine, words, prose, samples, args.work, HERE / recipe.name)
+            long = [s for s in known if len(s.text.split()) > 3]
+            own = [(opening, rest) for opening, _, rest in (text.partition("\t") for text in samples)]
+            print(f"{recipe.name}: ratings of half {recipe.half} of {len(long)} snippets", flush=True)
+            build_reward(recipe, tokenizer, long, lexicon, prose, own, args.work, HERE / recipe.name)
         figures[recipe.name] = reward_figures(HERE / recipe.name, held_out, test_samples)
         print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
     if args.only is None:
