@@ -304,7 +304,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if work.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
         f"{args.shape}: V {shape.vocab:,}, {shape.rows} rows, prompt {shape.prompt}, completion {shape.completion}, "
-        f"T {shape.steps}, {shape.dtype}; {machine}; {args.rounds} rounds"
+        f"T {shape.steps}, {shape.dtype}; {machine}; rounds: {args.rounds}"
     )
     table = measure(work, args.guidance_steps, args.rounds)
     print(f"{'variant':<18}{'seconds':>9}{'x floor':>9}{'peak MiB':>10}{'in NxV':>8}{'tokens/s':>10}")
