@@ -27,7 +27,7 @@ from rgrl.config import GuidanceConfig, RolloutConfig
 from rgrl.denoise import Guide, commit_schedule, denoise
 from rgrl.models.families import find_family
 from rgrl.models.policy import Policy
-from rgrl.rewards.classifier import ClassifierReward
+from rgrl.rewards.classifier import ClassifierReward, pad_left
 from rgrl.types import Prompts
 
 
@@ -122,12 +122,7 @@ class Workload:
             [{} for _ in lengths],
         )
         rows = [self.policy.tokenizer(text)["input_ids"] for text in self.prompts.texts]
-        self.prompt_BL = torch.full((shape.rows, shape.prompt), shape.vocab - 1)
-        self.attention_BL = torch.zeros_like(self.prompt_BL, dtype=torch.bool)
-        for i, ids in enumerate(rows):
-            self.prompt_BL[i, shape.prompt - len(ids) :] = torch.tensor(ids)
-            self.attention_BL[i, shape.prompt - len(ids) :] = True
-        self.prompt_BL, self.attention_BL = self.prompt_BL.to(device), self.attention_BL.to(device)
+        self.prompt_BL, self.attention_BL = pad_left(rows, device)
         self.settings = RolloutConfig(
             max_completion_length=shape.completion, steps=shape.steps, temperature=0.9, top_p=0.95, top_k=50
         )
@@ -281,7 +276,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps T instead of the shape's")
     parser.add_argument("--guidance-steps", type=int, nargs="+", default=[1], metavar="M")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the table here too")
     parser.add_argument("--profile", action="store_true", help="also print where a guided rollout spends its time")
     args = parser.parse_args()
@@ -297,7 +292,10 @@ def main() -> None:
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
         print(f"error: --json {args.json}: no such folder", file=sys.stderr)
         sys.exit(2)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.json and os.path.exists(args.json):
+        print(f"error: --json {args.json} exists already; name another file", file=sys.stderr)
+        sys.exit(2)
+    if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch sees no GPU here; use --device cpu", file=sys.stderr)
         sys.exit(2)
     work = Workload(shape, torch.device(args.device))

@@ -373,18 +373,18 @@ ALL_CORRUPTIONS = {
 }
 
 
-def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[str, object]) -> list[str]:
-    """One unguided completion per opening from the built policy: opening and completion as one text."""
+def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[str, object]) -> list[tuple[str, str]]:
+    """(opening, unguided completion) from the built policy, one per opening."""
     policy = load_policy(ModelConfig(path=str(folder)))
     settings = RolloutConfig(max_completion_length=24, top_k=50, top_p=0.95, **sampler)
-    generator, texts = torch.Generator().manual_seed(seed), []
+    generator, pairs = torch.Generator().manual_seed(seed), []
     for start in range(0, len(openings), 64):
         chunk = openings[start : start + 64]
         prompt_BL, attention_BL = policy.encode_prompts(chunk, 64)
         rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, settings, generator)
         completions = policy.decode(rollout.completion_BC)
-        texts += [o + "\t" + c for o, c in zip(chunk, completions, strict=True)]
-    return texts
+        pairs += zip(chunk, completions, strict=True)
+    return pairs
 
 
 def framed(tokenizer: Qwen2Tokenizer, cut: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -409,7 +409,7 @@ def random_cut(rng: random.Random, text: str) -> tuple[str, str]:
 def word_teacher(texts: list[str], ratings: list[float]) -> Callable[[list[str]], list[float]]:
     """Ridge regression of the rating on words and word pairs: it rates text that nobody rated.
 
-    With a few thousand ratings it tells liked from disliked text better than a network trained from nothing, and
+    With ten thousand ratings it tells liked from disliked text better than a network trained from nothing, and
     what it says of the unrated text is what the network can learn from without memorising.
     """
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\S+", sublinear_tf=True)
@@ -430,7 +430,7 @@ def build_reward(
     """A causal LM first, then one squared error for everything: the rating, less PENALTY for text that is broken.
 
     Ratings are those of people where this recipe's half of the data has them, else `word_teacher`'s. One squared
-    error for both jobs, since two ranking losses fight: the network comes to know its few thousand rated texts by
+    error for both jobs, since two ranking losses fight: the network comes to know its rated texts by
     heart as "real", and takes other real text for broken.
     """
     torch.manual_seed(recipe.seed)
@@ -461,7 +461,9 @@ def build_reward(
     texts = prose + [s.text for s in snippets] * 3
 
     def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
-        rng = random.Random(f"{recipe.name}/{recipe.seed}/q{step}")
+        rng = random.Random(
+            f"{recipe.name}/{recipe.seed}/q{step}"
+        )  # the name that the shipped weights were drawn under
         if step < LM_STEPS:
             ids_BL, attention_BL = framed(tokenizer, [random_cut(rng, rng.choice(texts)) for _ in range(48)])
             return next_token(model, ids_BL, attention_BL, read_scores(model, ids_BL, attention_BL)[1])
@@ -503,7 +505,7 @@ def next_token(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor, sta
     return F.cross_entropy(logits_NV, ids_BL[:, 1:][keep_BL])
 
 
-def reward_figures(folder: Path, held_out: list[corpus.Snippet], samples: list[str]) -> dict[str, float]:
+def reward_figures(folder: Path, held_out: list[corpus.Snippet], samples: list[tuple[str, str]]) -> dict[str, float]:
     """On held-out reviews: pair accuracy (ratings more than a point apart), correlation, and real over corrupted."""
     reward = load_classifier(str(folder), "cpu")
     rng = random.Random(7)
@@ -524,9 +526,8 @@ def reward_figures(folder: Path, held_out: list[corpus.Snippet], samples: list[s
     for name, kinds in ALL_CORRUPTIONS.items():
         fakes = [random_cut(rng, rng.choice(kinds)(rng, s.text, rng.choice(movies).text)) for s in movies]
         figures[f"real_over_{name}"] = round(float((score_B > score(fakes)).float().mean()), 3)
-    own = [tuple(text.split("\t")) for text in samples]
-    n = min(len(own), len(score_B))
-    figures["real_over_policy_samples"] = round(float((score_B[:n] > score(own[:n])).float().mean()), 3)
+    n = min(len(samples), len(score_B))
+    figures["real_over_policy_samples"] = round(float((score_B[:n] > score(samples[:n])).float().mean()), 3)
     return figures
 
 
@@ -585,20 +586,19 @@ def main() -> None:
         )
         if not (HERE / recipe.name / "model.safetensors").exists():
             long = [s for s in known if len(s.text.split()) > 3]
-            own = [(opening, rest) for opening, _, rest in (text.partition("\t") for text in samples)]
             print(f"{recipe.name}: ratings of half {recipe.half} of {len(long)} snippets", flush=True)
-            build_reward(recipe, tokenizer, long, lexicon, prose, own, args.work, HERE / recipe.name)
+            build_reward(recipe, tokenizer, long, lexicon, prose, samples, args.work, HERE / recipe.name)
         figures[recipe.name] = reward_figures(HERE / recipe.name, held_out, test_samples)
         print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
     if args.only is None:
         (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def cached(path: Path, make: Callable[[], list[str]]) -> list[str]:
+def cached(path: Path, make: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]:
     """What `make` returns, from `path` if it was made before."""
     if not path.exists():
         path.write_text(json.dumps(make()))
-    return json.loads(path.read_text())
+    return [(opening, completion) for opening, completion in json.loads(path.read_text())]
 
 
 if __name__ == "__main__":
