@@ -8,12 +8,12 @@ all of them; a ratio is the median over rounds of rollout seconds by the same ro
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +23,16 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
-from rgrl.config import GuidanceConfig, RolloutConfig
-from rgrl.denoise import Guide, commit_schedule, denoise
+from rgrl.config import GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig
+from rgrl.denoise import RolloutNoise, commit_schedule, denoise
+from rgrl.guidance import Guide
+from rgrl.logprobs import draw_one_step, estimate_one_step
+from rgrl.models import add_lora
 from rgrl.models.families import find_family
 from rgrl.models.policy import Policy
 from rgrl.rewards.classifier import ClassifierReward, pad_left
-from rgrl.types import Prompts
+from rgrl.seeds import generators
+from rgrl.types import Prompts, Rollout
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class Workload:
         assert table_VD is not None
         session = reward.guide_for(self.prompts) if guidance_steps else None
         attended_BC = torch.ones(B, C, dtype=torch.bool, device=self.device)
+        rows_B = torch.arange(B, device=self.device)
         left = C
         for k in commit_schedule(C, shape.steps):
             states_BLH = policy.causal_lm.model(
@@ -156,7 +161,7 @@ class Workload:
                 response_BCD[:, -left:] = soft_ND.view(B, left, -1)
                 with torch.enable_grad():
                     response_BCD.requires_grad_()
-                    (g_BCD,) = torch.autograd.grad(session(response_BCD, attended_BC).sum(), response_BCD)
+                    (g_BCD,) = torch.autograd.grad(session(response_BCD, attended_BC, rows_B).sum(), response_BCD)
                 _ = g_BCD[:, -left:].reshape(B * left, -1) @ table_VD.T
             left -= k
 
@@ -174,9 +179,33 @@ class Workload:
             self.policy.mask_id,
             self.policy.is_end,
             self.settings,
-            torch.Generator(self.device).manual_seed(2),
+            RolloutNoise.draw(
+                [torch.Generator().manual_seed(b) for b in range(self.shape.rows)],
+                self.shape.steps,
+                self.shape.completion,
+                guidance_steps,
+            ),
             guidance,
         )
+
+    def update(self) -> None:
+        """Log-probabilities of random completions and the gradient of their mean, as a training step takes them."""
+        if self.policy.peft_model is None:
+            add_lora(self.policy, LoraConfig(), seed=0)
+        B, C = self.shape.rows, self.shape.completion
+        random_BC = torch.randint(self.shape.vocab - 2, (B, C), device=self.device)
+        nothing_BC = torch.zeros(B, C, device=self.device)
+        rollout = Rollout(
+            torch.cat([self.prompt_BL, random_BC], 1),
+            torch.cat([self.attention_BL, torch.ones_like(random_BC, dtype=torch.bool)], 1),
+            torch.ones_like(random_BC, dtype=torch.bool),
+            nothing_BC.long(),
+            nothing_BC,
+            nothing_BC,
+        )
+        noise = draw_one_step(rollout, ObjectiveConfig(), generators(0, 0, range(B), "noise"))
+        estimate_one_step(self.policy.logp, rollout, noise, self.policy.mask_id).mean().backward()
+        self.policy.zero_grad(set_to_none=True)
 
     def variants(self, guidance_steps: list[int]) -> dict[str, tuple[str, Callable[[], None]]]:
         """Name -> (name of its floor, function)."""
@@ -193,37 +222,17 @@ class Workload:
 
 
 # ---------------------------------------------------------------------------------------------- measurement
-class PeakMemory:
-    """MiB that a block needed above what was in use before: CUDA's own count, or resident memory sampled at 1 kHz."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def _resident(self) -> float:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    def of(self, function: Callable[[], None]) -> float:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            function()
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
-        before, peak, done = self._resident(), 0.0, threading.Event()
-
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.001):
-                peak = max(peak, self._resident())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            function()
-        finally:
-            done.set()
-            thread.join()
-        return max(0.0, peak - before)
+def peak_memory(function: Callable[[], None], device: torch.device) -> float:
+    """Bytes of tensors that were alive at once while `function` ran, above those before, by torch's own account."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        function()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def seconds_of(function: Callable[[], None], device: torch.device) -> float:
@@ -239,8 +248,7 @@ def seconds_of(function: Callable[[], None], device: torch.device) -> float:
 def measure(work: Workload, guidance_steps: list[int], rounds: int) -> list[dict[str, float | str]]:
     """One row a variant. The round in which memory is watched also warms up and isn't timed."""
     variants = work.variants(guidance_steps)
-    peak = PeakMemory(work.device)
-    memory = {name: peak.of(function) for name, (_, function) in variants.items()}
+    memory = {name: peak_memory(function, work.device) for name, (_, function) in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (_, function) in variants.items():
@@ -251,8 +259,8 @@ def measure(work: Workload, guidance_steps: list[int], rounds: int) -> list[dict
             "variant": name,
             "seconds": statistics.median(seconds[name]),
             "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[floor], strict=True)),
-            "peak_mib": memory[name],
-            "peak_nv": memory[name] * 2**20 / (4 * tokens * work.shape.vocab),
+            "peak_mib": memory[name] / 2**20,
+            "peak_nv": memory[name] / (4 * tokens * work.shape.vocab),
             "tokens_per_second": tokens / statistics.median(seconds[name]),
         }
         for name, (floor, _) in variants.items()
@@ -311,12 +319,17 @@ def main() -> None:
             f"{row['variant']:<18}{row['seconds']:>9.2f}{row['ratio']:>9.2f}{row['peak_mib']:>10.0f}"
             f"{row['peak_nv']:>8.1f}{row['tokens_per_second']:>10.1f}"
         )
+    peak, full = peak_memory(work.update, work.device), 4 * shape.rows * (shape.prompt + shape.completion) * shape.vocab
+    print(f"update: peak {peak / 2**20:.0f} MiB, {peak / full:.3f} of the full canvas's logits in float32")
     if args.profile:
         print(profile(work, "entrgi", args.guidance_steps[0]))
     if args.json:
         versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": machine}
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"shape": args.shape, **asdict(shape), **versions, "table": table}, file, indent=2)
+            update = {"peak_mib": peak / 2**20, "share_of_full_logits": peak / full}
+            json.dump(
+                {"shape": args.shape, **asdict(shape), **versions, "table": table, "update": update}, file, indent=2
+            )
 
 
 if __name__ == "__main__":

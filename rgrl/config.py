@@ -123,6 +123,9 @@ class RolloutConfig:
     """Temperature of Gumbel noise added to the confidence; 0 is none."""
     defer_eos: bool = False
     """Give a sampled end-of-text the lowest confidence, so that it is not committed early."""
+    commit_above: float = 1.0
+    """Approximation: a step also commits every position whose best token has a probability above this, so that there
+    are fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
 
 
 @dataclass
@@ -351,6 +354,7 @@ def check(c: Config) -> None:
         (0 < r.top_p <= 1, f"`rollout.top_p` must be in (0, 1], not {r.top_p}"),
         (r.top_k >= 0, f"`rollout.top_k` must be 0 (all) or more, not {r.top_k}"),
         (r.position_temperature >= 0, f"`rollout.position_temperature` must not be negative: {r.position_temperature}"),
+        (0 < r.commit_above <= 1, f"`rollout.commit_above` must be in (0, 1], not {r.commit_above}"),
         (
             c.guidance.steps >= 1,
             f"`guidance.steps` must be at least 1, not {c.guidance.steps} (`guidance.kind: none` turns it off)",

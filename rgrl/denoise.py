@@ -1,27 +1,36 @@
 """The one masked-canvas unmasking loop: prompts in, completions and the log-probability of each choice out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rgrl.config import GuidanceConfig, RolloutConfig
-from rgrl.guidance import RewardFromEmbeddings, guide, sample, truncate
+from rgrl.config import RolloutConfig
+from rgrl.guidance import Guide, guide
+from rgrl.sampling import Support, draw_uniform, support_of
 from rgrl.types import Rollout
 
-# canvas_BL, attention_BL, at (bool BL) -> logits_NV
+# canvas_BL, attention_BL, at_N (places in the flattened canvas) -> logits_NV, fresh memory
 LogitsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Guide:
-    """What guidance needs besides the policy: a reward of embedded responses and the matching table."""
+class RolloutNoise:
+    """All random numbers of a rollout, uniform, drawn once as data: row b's depend on nothing but its generator."""
 
-    reward: RewardFromEmbeddings
-    embedding_VD: Tensor
-    config: GuidanceConfig
-    attend_eos: bool = False
+    token_BTC: Tensor  # picks the tokens
+    order_BTC: Tensor  # ranks the positions: `origin` and the position temperature
+    hard_BTMC: Tensor  # picks the hard tokens of guidance
+
+    @staticmethod
+    def draw(generators: Sequence[torch.Generator], T: int, C: int, M: int) -> "RolloutNoise":
+        """One generator a row. Guided and unguided rollouts (M = 0) share token and order noise."""
+        draws = [[draw_uniform(shape, g) for shape in ((T, C), (T, C), (T, M, C))] for g in generators]
+        return RolloutNoise(*(torch.stack(parts) for parts in zip(*draws, strict=True)))
+
+    def to(self, device: torch.device) -> "RolloutNoise":
+        return RolloutNoise(*(noise.to(device) for noise in vars(self).values()))
 
 
 @dataclass
@@ -42,26 +51,21 @@ def commit_schedule(C: int, T: int) -> list[int]:
     return [left[t] - left[t + 1] for t in range(T)]
 
 
-def confidence_of(rule: str, logits_NV: Tensor, token_N: Tensor, generator: torch.Generator) -> Tensor:
+def confidence_of(rule: str, support: Support, token_N: Tensor, order_N: Tensor) -> Tensor:
     """How sure the sampler is of each position, confidence_N; higher is committed first.
 
-    `logits_NV` are the tempered and truncated ones. `entropy`: minus the entropy in nats. `maskgit_plus`: the
-    probability of the sampled token. `topk_margin`: the best probability minus the second. `origin`: random.
+    `entropy`: minus the entropy of `support` in nats. `maskgit_plus`: the probability of `token_N`.
+    `topk_margin`: the best probability minus the second. `origin`: `order_N`, random.
     """
     if rule == "origin":
-        return torch.rand(token_N.shape, generator=generator, device=token_N.device)
-    p_NV = logits_NV.softmax(-1)
+        return order_N
     if rule == "maskgit_plus":
-        return p_NV.gather(-1, token_N[:, None])[:, 0]
+        return support.logp(token_N).exp()
+    p_NK = support.logp_NK.exp()
     if rule == "topk_margin":
-        best_N2 = p_NV.topk(2, dim=-1).values
+        best_N2 = p_NK.topk(2, dim=-1).values
         return best_N2[:, 0] - best_N2[:, 1]
-    return -torch.special.entr(p_NV).sum(-1)
-
-
-def logp_of(logits_NV: Tensor, token_N: Tensor) -> Tensor:
-    """Log-probability of one token per row, float32, nats."""
-    return logits_NV.gather(-1, token_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+    return -torch.special.entr(p_NK).sum(-1)
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def denoise(
     mask_id: int,
     is_end: Callable[[Tensor], Tensor],
     config: RolloutConfig,
-    generator: torch.Generator,
+    noise: RolloutNoise,
     guidance: Guide | None = None,
     stats: DenoiseStats | None = None,
 ) -> Rollout:
@@ -84,69 +88,102 @@ def denoise(
     truncated distribution. With `confidence_from="policy"` the rule reads the policy's own logits.
     """
     B, width = prompt_BL.shape
-    C = config.max_completion_length
+    C, L = config.max_completion_length, width + config.max_completion_length
     device = prompt_BL.device
+    noise = noise.to(device)
     canvas_BL = torch.cat([prompt_BL, torch.full((B, C), mask_id, device=device)], 1)
     attention_BL = torch.cat([prompt_attention_BL, torch.ones(B, C, dtype=torch.bool, device=device)], 1)
     completion_BC = canvas_BL[:, width:]  # a view: writing to it writes the canvas
     masked_BC = torch.ones(B, C, dtype=torch.bool, device=device)
-    step_BC = torch.zeros(B, C, dtype=torch.long, device=device)
+    step_BC = torch.full((B, C), config.steps, device=device)
     behaviour_BC = torch.zeros(B, C, device=device)
     policy_BC = torch.zeros(B, C, device=device)
-    left = C
+    # The canvases of a group are identical until their first tokens, so the first step reads one of each.
+    row_U, group_B = first_occurrences(torch.cat([canvas_BL, attention_BL], 1))
+    rows_A, left = torch.arange(B, device=device), C  # the rows that are still written
+    # Asking a GPU what it has found makes it wait, so there rows leave only where the option asks anyway.
+    look = device.type == "cpu" or config.commit_above < 1
     for t, k in enumerate(commit_schedule(C, config.steps)):
         if k == 0:
             continue
-        at_BL = torch.cat([torch.zeros_like(prompt_attention_BL), masked_BC], 1)
-        own_NV = logits(canvas_BL, attention_BL, at_BL)
-        guided_NV = own_NV
-        if guidance is not None:
-            guided_NV = guide(
-                own_NV,
-                completion_BC,
-                masked_BC,
-                guidance.reward,
-                guidance.embedding_VD,
-                is_end,
-                guidance.config,
-                config,
-                generator,
-                guidance.attend_eos,
-            )
-        own_NV = truncate(own_NV / config.temperature, config.top_k, config.top_p)
+        N = len(rows_A) * left
+        if look and t > 0:
+            masked_BC &= unfinished(completion_BC, masked_BC, is_end)[:, None]
+            rows_A = masked_BC.any(1).nonzero()[:, 0]
+            N = int(masked_BC.sum())
+            if N == 0:
+                break
+        # Without looking, every row hides `left` tokens, so their number N is known.
+        hidden_N = masked_BC[rows_A].flatten().sort(descending=True, stable=True).indices[:N]
+        row_N, place_N = hidden_N // C, hidden_N % C
+        if t == 0 and len(row_U) < B:
+            at_UC = torch.arange(len(row_U), device=device)[:, None] * L + torch.arange(width, L, device=device)
+            logits_NV = logits(canvas_BL[row_U], attention_BL[row_U], at_UC.flatten())
+            logits_NV = logits_NV.unflatten(0, at_UC.shape)[group_B].flatten(0, 1)
+        else:
+            logits_NV = logits(canvas_BL[rows_A], attention_BL[rows_A], row_N * L + width + place_N)
+        flat_N = rows_A[row_N] * C + place_N  # in the completions of all rows
+        own = guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
         steered = guidance is not None and guidance.config.kind != "none"
-        guided_NV = truncate(guided_NV / config.temperature, config.top_k, config.top_p) if steered else own_NV
-        # One uniform draw per position and token, so that unguided sampling differs from guided by the logits alone.
-        token_N = sample(guided_NV, generator)
-        confidence_N = confidence_of(
-            config.confidence, guided_NV if config.confidence_from == "guided" else own_NV, token_N, generator
-        )
+        if steered:
+            u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, flat_N]
+            guide(logits_NV, own, completion_BC[rows_A], hidden_N, rows_A, guidance, config, is_end, u_MN)
+            guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
+        token_N = guided.token(guided.pick(noise.token_BTC[:, t].flatten()[flat_N]))
+        order_N = noise.order_BTC[:, t].flatten()[flat_N]
+        read = guided if config.confidence_from == "guided" else own
+        confidence_N = confidence_of(config.confidence, read, token_N, order_N)
         if config.position_temperature > 0:
-            u_N = torch.rand(confidence_N.shape, generator=generator, device=device).clamp_(1e-20, 1 - 1e-7)
-            confidence_N = confidence_N - config.position_temperature * torch.log(-torch.log(u_N))
+            confidence_N = confidence_N - config.position_temperature * torch.log(-torch.log(order_N))
         if config.defer_eos:
             confidence_N = confidence_N.masked_fill(is_end(token_N), -1e30)
 
-        # Every row has the same number `left` of hidden positions, so N splits into rows.
-        chosen_Bk = confidence_N.view(B, left).topk(k, dim=-1).indices
-        place_Bk = masked_BC.nonzero_static(size=B * left)[:, 1].view(B, left).gather(1, chosen_Bk)
-        logp_N, own_logp_N = logp_of(guided_NV, token_N), logp_of(own_NV, token_N)
-        completion_BC.scatter_(1, place_Bk, token_N.view(B, left).gather(1, chosen_Bk))
-        step_BC.scatter_(1, place_Bk, t)
-        behaviour_BC.scatter_(1, place_Bk, logp_N.view(B, left).gather(1, chosen_Bk))
-        policy_BC.scatter_(1, place_Bk, own_logp_N.view(B, left).gather(1, chosen_Bk))
-        masked_BC.scatter_(1, place_Bk, False)
+        confidence_BC = confidence_N.new_full((B * C,), float("-inf")).scatter_(0, flat_N, confidence_N).view(B, C)
+        chosen_Bk = confidence_BC.topk(k, dim=-1).indices
+        commit_BC = torch.zeros_like(masked_BC).scatter_(1, chosen_Bk, True)
+        if config.commit_above < 1:
+            sure_N = read.logp(read.best()).exp() > config.commit_above
+            commit_BC |= torch.zeros_like(masked_BC).view(-1).scatter_(0, flat_N, sure_N).view(B, C)
+        commit_BC &= masked_BC  # a row may hide fewer than k
+        chosen_N = commit_BC.flatten()[flat_N]
+        for record_BC, value_N in (
+            (completion_BC, token_N),
+            (behaviour_BC, guided.logp(token_N)),
+            (policy_BC, own.logp(token_N)),
+        ):
+            value_BC = value_N.new_zeros(B * C, dtype=record_BC.dtype).scatter_(0, flat_N, value_N.to(record_BC.dtype))
+            record_BC.copy_(torch.where(commit_BC, value_BC.view(B, C), record_BC))
+        step_BC.masked_fill_(commit_BC, t)
+        masked_BC &= ~commit_BC
         left -= k
         if stats is not None and steered:
-            changed_BN = (guided_NV.argmax(-1) != own_NV.argmax(-1)).view(B, -1).gather(1, chosen_Bk)
-            stats.changed.append(changed_BN.sum())
-            stats.committed.append(torch.tensor(changed_BN.numel(), device=device))
-    ended_BC = is_end(completion_BC).long().cumsum(1)
+            stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
+            stats.committed.append(commit_BC.sum())
+    is_end_BC = is_end(completion_BC)
+    # What a finished row left open comes after its end token, which fills it.
+    first_end_B1 = completion_BC.gather(1, is_end_BC.byte().argmax(1, keepdim=True))
+    completion_BC.copy_(torch.where(completion_BC == mask_id, first_end_B1, completion_BC))
+    ended_BC = is_end_BC.long().cumsum(1)
     return Rollout(
         canvas_BL=canvas_BL,
         attention_BL=attention_BL,
-        completion_mask_BC=(ended_BC - is_end(completion_BC).long()) == 0,
+        completion_mask_BC=(ended_BC - is_end_BC.long()) == 0,
         unmask_step_BC=step_BC,
         behaviour_logp_BC=behaviour_BC,
         policy_logp_BC=policy_BC,
     )
+
+
+def first_occurrences(rows_BX: Tensor) -> tuple[Tensor, Tensor]:
+    """row_U, the first of each set of equal rows, and group_B, which of those each row equals. Reads the device."""
+    rows = [tuple(row) for row in rows_BX.tolist()]
+    first = {row: b for b, row in reversed(list(enumerate(rows)))}
+    group = {row: u for u, row in enumerate(sorted(first, key=first.__getitem__))}
+    row_U = torch.tensor(sorted(first.values()), device=rows_BX.device)
+    return row_U, torch.tensor([group[row] for row in rows], device=rows_BX.device)
+
+
+def unfinished(completion_BC: Tensor, masked_BC: Tensor, is_end: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows (bool, B) that hide a token before their first end token; what comes after it doesn't count."""
+    ended_BC = (is_end(completion_BC) & ~masked_BC).cumsum(1) > 0
+    return (masked_BC & ~ended_BC).any(1)

@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rgrl.config import Config
-from rgrl.denoise import denoise
+from rgrl.denoise import RolloutNoise, denoise
 from rgrl.logprobs import masked_nll
 from rgrl.models import Policy
 from rgrl.rewards import ClassifierReward, Rewards
-from rgrl.seeds import generator
+from rgrl.seeds import generators
 from rgrl.types import Prompts
 
 
@@ -38,8 +38,9 @@ def evaluate(
     judge: ClassifierReward | None,
     prompts: Prompts,
 ) -> Evaluation:
-    """One unguided completion per prompt with the same random numbers every time. Collective: all ranks call it."""
+    """One unguided completion per prompt, always with the same random numbers. Collective: all ranks call it."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    r = config.rollout
     index = list(range(rank, len(prompts), ranks))
     rows: list[dict[str, Any]] = []
     nll = torch.zeros(2, device=policy.device, dtype=torch.float64)
@@ -54,15 +55,15 @@ def evaluate(
             attention_BL,
             policy.mask_id,
             policy.is_end,
-            config.rollout,
-            generator(config.run.seed, start, rank, "eval", policy.device),
+            r,
+            RolloutNoise.draw(generators(config.run.seed, 0, chosen, "eval"), r.steps, r.max_completion_length, 0),
         )
         completions = policy.decode(rollout.completion_BC)
         total_B, _ = rewards.score(mine, completions)
         judged = judge.score(mine, completions).tolist() if judge is not None else [None] * len(mine)
         with policy.reference():
-            noise = generator(config.run.seed, start, rank, "base_nll", policy.device)
-            nll += torch.stack(masked_nll(policy.logits, rollout, noise, policy.mask_id)).double()
+            noise = generators(config.run.seed, 0, chosen, "base_nll")
+            nll += torch.stack(masked_nll(policy.logp, rollout, noise, policy.mask_id)).double()
         lengths = rollout.completion_mask_BC.sum(1).tolist()
         for i, prompt, text, r, j, n in zip(
             chosen, mine.texts, completions, total_B.tolist(), judged, lengths, strict=True

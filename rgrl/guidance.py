@@ -4,47 +4,28 @@ The reward model reads a blend of the soft embedding of each hidden position and
 sampled token; how much of each is set per position by the entropy of the policy there.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rgrl.config import GuidanceConfig, RolloutConfig
+from rgrl.sampling import Support, row_blocks, support_of
 
-# response_BCD, attention_BC -> r_B
-RewardFromEmbeddings = Callable[[Tensor, Tensor], Tensor]
-NEGATIVE = -1e9  # stands for -inf where a gradient passes, since inf - inf is nan
-
-
-def normalised_entropy(logits_NV: Tensor) -> Tensor:
-    """w_N = H(softmax(logits)) / log V in 0 ... 1, of the untempered distribution."""
-    p_NV = logits_NV.softmax(-1)
-    return torch.special.entr(p_NV).sum(-1) / torch.log(torch.tensor(float(logits_NV.shape[-1])))
+# response_ACD, attention_AC, which of the B rows these A are -> r_A
+RewardFromEmbeddings = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def truncate(logits_NV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits with -inf outside the top-k, then outside the nucleus of what remains.
+@dataclass(frozen=True)
+class Guide:
+    """What guidance needs besides the policy: a reward of embedded responses and the matching table."""
 
-    The nucleus is the shortest prefix of the tokens by falling probability that holds at least `top_p`.
-    `top_k` 0 and `top_p` 1 keep everything. Ties at the edge go to the lower rank of `torch.topk`.
-    """
-    V = logits_NV.shape[-1]
-    if (top_k == 0 or top_k >= V) and top_p >= 1:
-        return logits_NV
-    k = min(top_k, V) if top_k else V
-    kept_NK, index_NK = logits_NV.topk(k, dim=-1)  # sorted
-    if top_p < 1:
-        p_NK = kept_NK.softmax(-1)
-        before_NK = p_NK.cumsum(-1) - p_NK
-        kept_NK = kept_NK.masked_fill(before_NK >= top_p, float("-inf"))
-    return torch.full_like(logits_NV, float("-inf")).scatter(-1, index_NK, kept_NK)
-
-
-def sample(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row, x_N, by the Gumbel-max trick: exact, and no host synchronisation."""
-    u_NV = torch.rand(logits_NV.shape, generator=generator, device=logits_NV.device, dtype=logits_NV.dtype)
-    gumbel_NV = -torch.log(-torch.log(u_NV.clamp_(1e-20, 1 - 1e-7)))
-    return (logits_NV + gumbel_NV).argmax(-1)
+    reward: RewardFromEmbeddings
+    embedding_VD: Tensor
+    config: GuidanceConfig
+    attend_eos: bool = False
 
 
 def shown_to_reward(token_BC: Tensor, is_end: Callable[[Tensor], Tensor], attend_eos: bool) -> Tensor:
@@ -53,48 +34,77 @@ def shown_to_reward(token_BC: Tensor, is_end: Callable[[Tensor], Tensor], attend
     return (ended_BC == 0) | ((ended_BC == 1) & is_end(token_BC)) if attend_eos else ended_BC == 0
 
 
+def normalised_entropy(logits_NV: Tensor) -> Tensor:
+    """w_N = H(softmax(logits)) / log V in 0 ... 1, of the untempered distribution."""
+    w_N = logits_NV.new_empty(len(logits_NV))
+    for rows in row_blocks(logits_NV):
+        # H = sum p (log Z - z), with z counted from the largest logit; -inf z would make 0 * inf of a p of 0.
+        z_nV = (logits_NV[rows] - logits_NV[rows].amax(-1, keepdim=True)).clamp_(min=-1e4)
+        p_nV = z_nV.softmax(-1)
+        w_N[rows] = -torch.log(p_nV.amax(-1)) - z_nV.mul_(p_nV).sum(-1)
+    return w_N / math.log(logits_NV.shape[-1])
+
+
+@torch.no_grad()
 def guide(
     logits_NV: Tensor,
+    support: Support,
     completion_BC: Tensor,
-    masked_BC: Tensor,
-    reward: RewardFromEmbeddings,
-    embedding_VD: Tensor,
-    is_end: Callable[[Tensor], Tensor],
-    config: GuidanceConfig,
+    hidden_N: Tensor,
+    rows_B: Tensor,
+    guidance: Guide,
     rollout: RolloutConfig,
-    generator: torch.Generator,
-    attend_eos: bool = False,
+    is_end: Callable[[Tensor], Tensor],
+    u_MN: Tensor,
     weight: Callable[[Tensor], Tensor] = normalised_entropy,
-) -> Tensor:
-    """Guided logits_NV after M ascent steps on the summed reward; the input is not changed.
+) -> None:
+    """Steer `logits_NV` in place by M ascent steps on the summed reward.
 
-    `logits_NV` are the policy's at the `masked_BC` positions (row-major), `completion_BC` the tokens so far.
-    Each step is Adam with fresh state (b1 0.9, b2 0.999, eps 1e-8), rate `config.eta`. Tokens that the policy
-    scores -inf stay impossible. `weight` gives w_N from logits; only `entrgi` asks it.
+    They are the policy's at the places `hidden_N` of the flattened `completion_BC`, `support` is what it would
+    sample from there, `rows_B` says which of the reward's rows these are, and `u_MN` (uniform) picks the hard
+    tokens. Each step is Adam with fresh state (b1 0.9, b2 0.999, eps 1e-8), rate `config.eta`. Tokens that the
+    policy scores -inf stay impossible. `weight` gives w_N from logits; only `entrgi` asks it.
+
+    Beside the logits this holds one more tensor of their size, and Adam's two moments where M > 1.
     """
-    if config.kind == "none":
-        return logits_NV
-    phi_NV = logits_NV.clamp(min=NEGATIVE)
-    first_NV, second_NV = torch.zeros_like(phi_NV), torch.zeros_like(phi_NV)
-    known_BCD = embedding_VD[completion_BC.masked_fill(masked_BC, 0)]
-    for m in range(1, config.steps + 1):
+    config, table_VD, tau = guidance.config, guidance.embedding_VD, rollout.temperature
+    D = table_VD.shape[1]
+    # The probabilities, and after the reward model was read the gradient; in the table's type, as they meet it.
+    scratch_NV = torch.empty_like(logits_NV, dtype=table_VD.dtype)
+    moments = [torch.zeros_like(logits_NV) for _ in range(2)] if config.steps > 1 else None
+    known_BCD = table_VD[completion_BC.flatten().index_fill(0, hidden_N, 0)].view(*completion_BC.shape, D)
+    for m in range(config.steps):
+        if m > 0:
+            support = support_of(logits_NV, tau, rollout.top_k, rollout.top_p)
+        for rows in row_blocks(logits_NV):
+            scratch_NV[rows] = (logits_NV[rows] / tau).softmax(-1)
+        soft_ND = scratch_NV @ table_VD
+        blend_ND = soft_ND
+        if config.kind != "expectation":
+            hard_ND = table_VD[support.token(support.pick(u_MN[m]))]
+            blend_ND = (
+                hard_ND if config.kind == "aps" else soft_ND.lerp(hard_ND, weight(logits_NV)[:, None].to(hard_ND))
+            )
+        likely_BC = completion_BC.flatten().scatter(0, hidden_N, support.best()).view_as(completion_BC)
+        # The straight-through blend passes the gradient to the soft embedding unchanged, so the graph starts here.
         with torch.enable_grad():
-            phi_NV = phi_NV.detach().requires_grad_()
-            p_NV = (phi_NV / rollout.temperature).softmax(-1)
-            blend_ND = p_NV.to(embedding_VD.dtype) @ embedding_VD
-            if config.kind != "expectation":
-                with torch.no_grad():
-                    scaled_NV = truncate(phi_NV / rollout.temperature, rollout.top_k, rollout.top_p)
-                    hard_ND = embedding_VD[sample(scaled_NV, generator)]
-                    w_N1 = torch.ones_like(p_NV[:, :1]) if config.kind == "aps" else weight(phi_NV)[:, None]
-                    shift_ND = w_N1.to(hard_ND.dtype) * (hard_ND - blend_ND)
-                blend_ND = blend_ND + shift_ND
-            response_BCD = known_BCD.masked_scatter(masked_BC[..., None], blend_ND)
-            likely_BC = completion_BC.masked_scatter(masked_BC, phi_NV.detach().argmax(-1))
-            total = reward(response_BCD, shown_to_reward(likely_BC, is_end, attend_eos)).sum()
-            (g_NV,) = torch.autograd.grad(total, phi_NV)
-        first_NV = 0.9 * first_NV + 0.1 * g_NV
-        second_NV = 0.999 * second_NV + 0.001 * g_NV * g_NV
-        step_NV = (first_NV / (1 - 0.9**m)) / ((second_NV / (1 - 0.999**m)).sqrt() + 1e-8)
-        phi_NV = phi_NV.detach() + config.eta * step_NV
-    return phi_NV.masked_fill(logits_NV == float("-inf"), float("-inf"))
+            blend_ND = blend_ND.detach().requires_grad_()
+            response_BCD = known_BCD.flatten(0, 1).index_put((hidden_N,), blend_ND).view_as(known_BCD)
+            shown_BC = shown_to_reward(likely_BC, is_end, guidance.attend_eos)
+            reward_B = guidance.reward(response_BCD, shown_BC, rows_B)
+            (g_ND,) = torch.autograd.grad(reward_B.sum(), blend_ND)
+        torch.mm(g_ND / tau, table_VD.T, out=scratch_NV)
+        for rows in row_blocks(logits_NV):
+            # The gradient of the softmax; its probabilities once more, which is cheaper than keeping them.
+            p_nV = (logits_NV[rows] / tau).softmax(-1)
+            g_nV = scratch_NV[rows].to(p_nV.dtype).mul_(p_nV)
+            g_nV.sub_(p_nV.mul_(g_nV.sum(-1, keepdim=True)))
+            if moments is None:  # Adam's first step from fresh state in closed form
+                g_nV.div_(g_nV.abs().add_(1e-8))
+            else:
+                first_nV, second_nV = (moment_NV[rows] for moment_NV in moments)
+                first_nV.lerp_(g_nV, 0.1)
+                second_nV.mul_(0.999).addcmul_(g_nV, g_nV, value=0.001)
+                scale_nV = second_nV.div(1 - 0.999 ** (m + 1)).sqrt_().add_(1e-8)
+                g_nV = torch.div(first_nV, scale_nV.mul_(1 - 0.9 ** (m + 1)), out=scale_nV)
+            logits_NV[rows].add_(g_nV, alpha=config.eta)

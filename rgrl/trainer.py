@@ -21,14 +21,15 @@ from rgrl.advantages import ADVANTAGES, zero_spread
 from rgrl.checkpoint import Progress, check_compatible, check_writable, find_checkpoint, load, load_adapter, save
 from rgrl.config import Config, ConfigError, to_dict
 from rgrl.data import PromptStream, load_prompts
-from rgrl.denoise import DenoiseStats, Guide, denoise
+from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.evaluation import evaluate
+from rgrl.guidance import Guide
 from rgrl.logprobs import ESTIMATORS, Estimator
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
-from rgrl.seeds import generator
+from rgrl.seeds import generator, generators
 from rgrl.tracking import Tracker
 from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
 
@@ -259,7 +260,12 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
             policy.mask_id,
             policy.is_end,
             config.rollout,
-            generator(config.run.seed, step, accelerator.process_index, purpose, policy.device),
+            RolloutNoise.draw(
+                generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
+                config.rollout.steps,
+                config.rollout.max_completion_length,
+                config.guidance.steps,
+            ),
             guidance,
             stats,
         )
@@ -286,13 +292,13 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
     needs = objective.needs | ({"ref"} if config.objective.beta > 0 else set())
 
     def estimate(rows: slice) -> Tensor:
-        return estimator.estimate(policy.logits, take(rollout, rows), noise.rows(rows), policy.mask_id)
+        return estimator.estimate(policy.logp, take(rollout, rows), noise.rows(rows), policy.mask_id)
 
     with clock.phase("update"):
         # LoRA dropout is the one reader of the global generator.
         torch.manual_seed(generator(config.run.seed, step, accelerator.process_index, "dropout").initial_seed())
-        rng = generator(config.run.seed, step, accelerator.process_index, "noise", policy.device)
-        noise: NoiseDraw = estimator.draw(rollout, config.objective, rng)
+        seeds = generators(config.run.seed, step, global_rows(accelerator, B), "noise")
+        noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
         old: list[Tensor | None] = [None] * len(micro)
         ref: list[Tensor | None] = [None] * len(micro)
         with torch.no_grad():
@@ -340,6 +346,11 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             metrics |= {name: float(total / count) for name, total in totals.items()}
             metrics["grad_norm"] = float(norm)
     return metrics
+
+
+def global_rows(accelerator: Accelerator, B: int) -> range:
+    """The numbers of this rank's B rows among those of all ranks."""
+    return range(accelerator.process_index * B, (accelerator.process_index + 1) * B)
 
 
 def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], count: Tensor) -> None:

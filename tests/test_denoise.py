@@ -1,5 +1,6 @@
 """The unmasking loop against a slow version of it: loops over steps, rows and positions, plain Python numbers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from conftest import PROMPTS
 
 from rgrl.config import GuidanceConfig, ModelConfig, RolloutConfig
-from rgrl.denoise import DenoiseStats, Guide, commit_schedule, denoise
-from rgrl.guidance import guide
+from rgrl.denoise import DenoiseStats, RolloutNoise, commit_schedule, denoise
+from rgrl.guidance import Guide, guide
 from rgrl.models import load_policy
+from rgrl.sampling import support_of
+from rgrl.seeds import generators
 
 V, MASK, END, C = 12, 11, 7, 6
 
@@ -27,17 +30,18 @@ class Toy:
         self.place_LH = torch.randn(32, 8, generator=rng)
         self.out_HV = scale * torch.randn(8, V, generator=rng)
         self.end_bias = end_bias
-        self.calls = 0
+        self.calls, self.rows = 0, []
 
-    def __call__(self, canvas_BL, attention_BL, at_BL):
+    def __call__(self, canvas_BL, attention_BL, at_N):
         self.calls += 1
+        self.rows.append(len(canvas_BL))
         L = canvas_BL.shape[1]
         states_BLH = self.token_VH[canvas_BL] * self.place_LH[:L].flip(0) * attention_BL[..., None]
         mixed_BLH = torch.tanh(states_BLH.sum(1, keepdim=True) + self.place_LH[:L].flip(0))
         logits_BLV = mixed_BLH @ self.out_HV
         logits_BLV[..., END] += self.end_bias
         logits_BLV[..., MASK] = float("-inf")
-        return logits_BLV[at_BL]
+        return logits_BLV.flatten(0, 1)[at_N]
 
 
 def prompts():
@@ -50,7 +54,7 @@ def toy_guide(kind="expectation"):
     rng = torch.Generator().manual_seed(4)
     embedding_VD, direction_D = torch.randn(V, 5, generator=rng), torch.randn(5, generator=rng)
 
-    def reward(response_BCD, attention_BC):
+    def reward(response_BCD, attention_BC, rows_B):
         return torch.tanh((response_BCD * attention_BC[..., None]) @ direction_D).sum(1)
 
     return Guide(reward, embedding_VD, GuidanceConfig(kind=kind, steps=2, eta=0.7))
@@ -58,8 +62,13 @@ def toy_guide(kind="expectation"):
 
 def run(policy, config, seed=0, guidance=None, stats=None):
     prompt_BL, attention_BL = prompts()
-    rng = torch.Generator().manual_seed(seed)
-    return denoise(policy, prompt_BL, attention_BL, MASK, is_end, config, rng, guidance, stats)
+    noise = noise_for(config, seed, guidance)
+    return denoise(policy, prompt_BL, attention_BL, MASK, is_end, config, noise, guidance, stats)
+
+
+def noise_for(config, seed, guidance=None, rows=3):
+    M = guidance.config.steps if guidance is not None else 0
+    return RolloutNoise.draw(generators(seed, 0, range(rows), "test"), config.steps, config.max_completion_length, M)
 
 
 def log_distribution(logits_V, config):
@@ -74,6 +83,19 @@ def log_distribution(logits_V, config):
         kept.append(v)
         mass += weight[v]
     return [math.log(weight[v] / mass) if v in kept and weight[v] > 0 else -math.inf for v in range(len(scaled))]
+
+
+def quantile(logp, u, config):
+    """The token at quantile u: counted from the most likely one on where top-k sorts them, else by token id."""
+    tokens = range(len(logp))
+    if 0 < config.top_k < len(logp):
+        tokens = sorted(tokens, key=lambda v: -logp[v])
+    total = 0.0
+    for v in tokens:
+        total += math.exp(logp[v])
+        if total > u:
+            return v
+    raise AssertionError(f"{u} is beyond {total}")
 
 
 def slow_confidence(rule, logp, token, u):
@@ -93,9 +115,9 @@ class TieError(Exception):
 
 
 def slow_denoise(policy, config, seed, guidance=None):
-    """Section 1 of the method; draws the same random numbers in the same order as the loop under test."""
+    """Section 1 of the method, with the same random numbers as the loop under test."""
     prompt_BL, attention_BL = prompts()
-    rng = torch.Generator().manual_seed(seed)
+    noise = noise_for(config, seed, guidance)
     B, width = prompt_BL.shape
     T = config.steps
     canvas = [row + [MASK] * C for row in prompt_BL.tolist()]
@@ -109,30 +131,25 @@ def slow_denoise(policy, config, seed, guidance=None):
         assert k > 0
         ids = torch.tensor(canvas)
         at = ids == MASK
-        policy_NV = policy(ids, attention, at)
-        guided_NV = policy_NV
+        policy_NV = policy(ids, attention, at.flatten().nonzero()[:, 0])
+        guided_NV = policy_NV.clone()
         if guidance is not None:  # test_guidance.py compares this part with a slow version of its own
-            g, completion = guidance, ids[:, width:]
-            guided_NV = guide(
-                policy_NV, completion, completion == MASK, g.reward, g.embedding_VD, is_end, g.config, config, rng
-            )
-        N = len(policy_NV)
-        u_NV = torch.rand(N, V, generator=rng)
-        order_N = torch.rand(N, generator=rng).tolist() if config.confidence == "origin" else [0.0] * N
-        gumbel_N = [0.0] * N
-        if config.position_temperature > 0:
-            gumbel_N = [-math.log(-math.log(u)) for u in torch.rand(N, generator=rng).tolist()]
+            completion = ids[:, width:]
+            hidden_N = (completion == MASK).flatten().nonzero()[:, 0]
+            support = support_of(policy_NV, config.temperature, config.top_k, config.top_p)
+            u_MN = torch.stack([u_BC.flatten()[hidden_N] for u_BC in noise.hard_BTMC[:, t].unbind(1)])
+            guide(guided_NV, support, completion, hidden_N, torch.arange(B), guidance, config, is_end, u_MN)
         n = 0
         for b in range(B):
             ranked = []
             for c in hidden[b]:
                 own_logp = log_distribution(policy_NV[n], config)
                 logp = log_distribution(guided_NV[n], config)
-                noisy = [x - math.log(-math.log(u)) for x, u in zip(logp, u_NV[n].tolist(), strict=True)]
-                token = noisy.index(max(noisy))
+                token = quantile(logp, noise.token_BTC[b, t, c].item(), config)
+                u = noise.order_BTC[b, t, c].item()
                 read = logp if config.confidence_from == "guided" else own_logp
-                sure = slow_confidence(config.confidence, read, token, order_N[n])
-                sure += config.position_temperature * gumbel_N[n]
+                sure = slow_confidence(config.confidence, read, token, u)
+                sure -= config.position_temperature * math.log(-math.log(u))
                 if config.defer_eos and token == END:
                     sure = -math.inf
                 ranked.append((sure, c, token, logp[token], own_logp[token]))
@@ -158,10 +175,16 @@ def assert_same(toy, config, guidance=None):
         except TieError:
             continue
         rollout = run(toy, config, seed, guidance)
-        assert rollout.canvas_BL.tolist() == canvas
-        assert rollout.unmask_step_BC.tolist() == step
-        torch.testing.assert_close(rollout.behaviour_logp_BC, torch.tensor(behaviour), rtol=0, atol=1e-5)
-        torch.testing.assert_close(rollout.policy_logp_BC, torch.tensor(own), rtol=0, atol=1e-5)
+        counted_BC = rollout.completion_mask_BC
+        assert counted_BC.tolist() == [[END not in row[-C : c - C] if c else True for c in range(C)] for row in canvas]
+        # What comes after the end token doesn't count; a row that has only such positions left is not written on.
+        for made, expected, tolerance in (
+            (rollout.completion_BC, [row[-C:] for row in canvas], 0),
+            (rollout.unmask_step_BC, step, 0),
+            (rollout.behaviour_logp_BC, behaviour, 1e-5),
+            (rollout.policy_logp_BC, own, 1e-5),
+        ):
+            torch.testing.assert_close(made[counted_BC], torch.tensor(expected)[counted_BC], rtol=0, atol=tolerance)
         compared += 1
         if compared == 4:
             return
@@ -225,6 +248,52 @@ def test_steps_that_would_commit_nothing_cost_no_forward_pass():
     assert not (rollout.completion_BC == MASK).any()
 
 
+def test_the_first_canvas_of_a_group_is_read_once():
+    policy, config = Toy(), RolloutConfig(max_completion_length=C, steps=C)
+    prompt_BL, attention_BL = (x[torch.tensor([1, 0, 1, 0])] for x in prompts())
+    noise = noise_for(config, 0, rows=4)
+    together = denoise(policy, prompt_BL, attention_BL, MASK, is_end, config, noise)
+    assert policy.rows[:2] == [2, 4]
+    for b in range(4):
+        alone_noise = RolloutNoise(*(x[b : b + 1] for x in vars(noise).values()))
+        alone = denoise(Toy(), prompt_BL[b : b + 1], attention_BL[b : b + 1], MASK, is_end, config, alone_noise)
+        for name, value in vars(alone).items():
+            torch.testing.assert_close(vars(together)[name][b : b + 1], value)
+
+
+def test_rows_leave_once_nothing_before_their_end_is_hidden():
+    # Positions 1, 2 and 4 end the text for certain; in random order some row has 0 and 1 before the others.
+    for seed in range(3):
+        rows = []
+
+        def policy(canvas_BL, attention_BL, at_N, rows=rows):
+            rows.append(len(canvas_BL))
+            return fixed_ends(canvas_BL, attention_BL, at_N)
+
+        rollout = run(policy, RolloutConfig(max_completion_length=C, steps=C, confidence="origin"), seed)
+        open_BC = rollout.unmask_step_BC == C  # never committed
+        assert open_BC.any() and not (open_BC & rollout.completion_mask_BC).any()
+        assert (rollout.completion_BC[open_BC] == END).all()
+        last_B = torch.where(open_BC, -1, rollout.unmask_step_BC).amax(1)
+        assert rows == [int((last_B >= t).sum()) for t in range(int(last_B.max()) + 1)]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_committing_above_a_threshold_takes_fewer_steps_and_leaves_no_hole(guided):
+    slow, fast = Toy(scale=2.0), Toy(scale=2.0)
+    guidance = toy_guide("entrgi") if guided else None
+    config = RolloutConfig(max_completion_length=C, steps=C)
+    run(slow, config, guidance=guidance)
+    rollout = run(fast, dataclasses.replace(config, commit_above=0.5), guidance=guidance)
+    assert fast.calls < slow.calls
+    assert not (rollout.completion_BC == MASK).any()
+    counted_BC = rollout.completion_mask_BC
+    assert rollout.behaviour_logp_BC[counted_BC].isfinite().all() and (rollout.unmask_step_BC[counted_BC] < C).all()
+    # Nothing is that sure: the same as without.
+    for name, value in vars(run(Toy(), dataclasses.replace(config, commit_above=0.9999), guidance=guidance)).items():
+        assert torch.equal(value, vars(run(Toy(), config, guidance=guidance))[name])
+
+
 def test_without_guidance_both_logps_are_the_same():
     config = RolloutConfig(max_completion_length=C, steps=4)
     for guidance in (None, toy_guide("none")):
@@ -253,9 +322,11 @@ def test_recorded_logps_are_those_of_the_canvas_before_each_step(guided, dream_d
     if guided:
         direction_D = torch.tensor([1.0, -1.0, 2.0])
         table_VD = torch.randn(policy.vocab_size, 3, generator=torch.Generator().manual_seed(0))
-        guidance = Guide(lambda x_BCD, a_BC: (x_BCD @ direction_D).sum(1), table_VD, GuidanceConfig(kind="expectation"))
-    rng = torch.Generator().manual_seed(0)
-    rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, config, rng, guidance)
+        guidance = Guide(
+            lambda x_BCD, a_BC, rows_B: (x_BCD @ direction_D).sum(1), table_VD, GuidanceConfig(kind="expectation")
+        )
+    noise = noise_for(config, 0, guidance)
+    rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, config, noise, guidance)
     width = prompt_BL.shape[1]
     for b in range(3):
         ids = rollout.canvas_BL[b]
@@ -273,14 +344,14 @@ def test_recorded_logps_are_those_of_the_canvas_before_each_step(guided, dream_d
         assert torch.equal(rollout.behaviour_logp_BC, rollout.policy_logp_BC)
 
 
-def fixed_ends(canvas_BL, attention_BL, at_BL):
+def fixed_ends(canvas_BL, attention_BL, at_N):
     """Positions 1, 2 and 4 of the completion are end-of-text for certain; the others are unsure between two words."""
     logits_BLV = torch.full((*canvas_BL.shape, V), float("-inf"))
     logits_BLV[..., [2, 3]] = torch.tensor([0.0, 0.3])
     ends = [4 + c for c in (1, 2, 4)]
     logits_BLV[:, ends] = float("-inf")
     logits_BLV[:, ends, END] = 0.0
-    return logits_BLV[at_BL]
+    return logits_BLV.flatten(0, 1)[at_N]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -7,8 +7,9 @@ import torch
 from conftest import write_reward
 
 from rgrl.config import GuidanceConfig, RolloutConfig
-from rgrl.guidance import guide, normalised_entropy, sample, shown_to_reward, truncate
+from rgrl.guidance import Guide, guide, normalised_entropy, shown_to_reward
 from rgrl.rewards import load_classifier
+from rgrl.sampling import draw_uniform, largest, support_of
 from rgrl.types import Prompts
 
 V, END = 40, 7
@@ -47,6 +48,24 @@ def canvas():
     return logits_NV, completion_BC, masked_BC
 
 
+def steer(logits_NV, completion_BC, masked_BC, guidance, rollout, u_MN, **settings):
+    """Guided logits; the ones given stay as they are."""
+    guided_NV, rows_B = logits_NV.clone(), torch.arange(len(completion_BC))
+    support = support_of(logits_NV, rollout.temperature, rollout.top_k, rollout.top_p)
+    hidden_N = masked_BC.flatten().nonzero()[:, 0]
+    guide(guided_NV, support, completion_BC, hidden_N, rows_B, guidance, rollout, is_end, u_MN, **settings)
+    return guided_NV
+
+
+def uniform(*shape):
+    return draw_uniform(shape, torch.Generator().manual_seed(1))
+
+
+def guide_of(reward, config, attend_eos=False):
+    session = reward.guide_for(Prompts(TEXTS, [{}] * 3))
+    return Guide(session, reward.model.get_input_embeddings().weight[:V].detach(), config, attend_eos)
+
+
 def slow_truncate(logits_V, top_k, top_p):
     """By a full sort: the k largest, then the shortest prefix of those that holds top_p."""
     order = sorted(range(len(logits_V)), key=lambda v: -logits_V[v].item())
@@ -79,15 +98,14 @@ def slow_reward(model, reward, text, response, attend_eos):
     return model(inputs_embeds=torch.stack(embeds)[None]).logits[0, 0]
 
 
-def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollout, generator, attend_eos, texts):
+def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollout, u_MN, attend_eos, texts):
     """Section 1 of the method, position by position, with torch's own Adam."""
     E, tau = reward.model.get_input_embeddings().weight, rollout.temperature
     phi = [torch.nn.Parameter(row.clone()) for row in logits_NV]
     adam = torch.optim.Adam(phi, lr=eta, betas=(0.9, 0.999), eps=1e-8, maximize=True)
-    for _ in range(M):
+    for m in range(M):
         for p in phi:
             p.grad = torch.zeros_like(p)  # not None: the state of a position that is not read ages all the same
-        u_NV = torch.rand(len(phi), V, generator=generator, dtype=torch.float64) if kind != "expectation" else None
         total, n = 0.0, 0
         for b in range(len(completion_BC)):
             response = []
@@ -102,8 +120,9 @@ def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollou
                     seen_D = soft_D
                 else:
                     support_V = slow_truncate((phi[n] / tau).detach(), rollout.top_k, rollout.top_p)
-                    gumbel_V = -torch.log(-torch.log(u_NV[n]))
-                    hard_D = E[(support_V + gumbel_V).argmax()]
+                    order = sorted(range(V), key=lambda v: -support_V[v].item())
+                    cdf_V = support_V[order].softmax(0).cumsum(0)
+                    hard_D = E[order[int((cdf_V <= u_MN[m, n]).sum())]]
                     q = torch.exp(phi[n].detach()) / torch.exp(phi[n].detach()).sum()
                     entropy = -sum(x * math.log(x) for x in q.tolist() if x > 0)
                     w = entropy / math.log(V) if kind == "entrgi" else 1.0
@@ -122,34 +141,11 @@ def slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, eta, rollou
 def test_guidance_equals_the_slow_loop(kind, M, attend_eos, reward):
     logits_NV, completion_BC, masked_BC = canvas()
     rollout = RolloutConfig(temperature=0.8, top_k=12, top_p=0.9)
-    before_NV = logits_NV.clone()
-    fast_NV = guide(
-        logits_NV,
-        completion_BC,
-        masked_BC,
-        reward.guide_for(Prompts(TEXTS, [{}] * 3)),
-        reward.model.get_input_embeddings().weight[:V].detach(),
-        is_end,
-        GuidanceConfig(kind=kind, steps=M, eta=0.5),
-        rollout,
-        torch.Generator().manual_seed(1),
-        attend_eos,
-    )
-    slow_NV = slow_guide(
-        logits_NV,
-        completion_BC,
-        masked_BC,
-        reward,
-        kind,
-        M,
-        0.5,
-        rollout,
-        torch.Generator().manual_seed(1),
-        attend_eos,
-        TEXTS,
-    )
+    u_MN = uniform(M, len(logits_NV))
+    guidance = guide_of(reward, GuidanceConfig(kind=kind, steps=M, eta=0.5), attend_eos)
+    fast_NV = steer(logits_NV, completion_BC, masked_BC, guidance, rollout, u_MN)
+    slow_NV = slow_guide(logits_NV, completion_BC, masked_BC, reward, kind, M, 0.5, rollout, u_MN, attend_eos, TEXTS)
     torch.testing.assert_close(fast_NV, slow_NV, rtol=0, atol=1e-5)
-    assert torch.equal(logits_NV, before_NV)  # the caller still needs the policy's own
     assert torch.isneginf(fast_NV[:, 13]).all()
     assert all(p.grad is None for p in reward.model.parameters())
     # What the reward cannot see is not steered: row 0 past its likely end, row 1 past its known one.
@@ -162,30 +158,20 @@ def test_guidance_equals_the_slow_loop(kind, M, attend_eos, reward):
 @pytest.mark.parametrize(("weight", "kind"), [(0.0, "expectation"), (1.0, "aps")])
 def test_entropy_weight_of_0_and_1_gives_expectation_and_aps(weight, kind, reward):
     logits_NV, completion_BC, masked_BC = canvas()
-    guided = {}
-    for name in ("entrgi", kind):
-        guided[name] = guide(
+    guided = {
+        name: steer(
             logits_NV,
             completion_BC,
             masked_BC,
-            reward.guide_for(Prompts(TEXTS, [{}] * 3)),
-            reward.model.get_input_embeddings().weight[:V].detach(),
-            is_end,
-            GuidanceConfig(kind=name, steps=2),
+            guide_of(reward, GuidanceConfig(kind=name, steps=2)),
             RolloutConfig(),
-            torch.Generator().manual_seed(2),
+            uniform(2, len(logits_NV)),
             weight=lambda phi_NV: torch.full_like(phi_NV[:, 0], weight),
         )
+        for name in ("entrgi", kind)
+    }
     torch.testing.assert_close(guided["entrgi"], guided[kind], rtol=0, atol=1e-5)
     assert (guided[kind] - logits_NV).nan_to_num(0.0).abs().max() > 0.5
-
-
-def test_guidance_none_returns_the_policys_own_logits():
-    logits_NV, completion_BC, masked_BC = canvas()
-    config = GuidanceConfig(kind="none")
-    # A reward that is called would fail: there is none.
-    out_NV = guide(logits_NV, completion_BC, masked_BC, None, None, is_end, config, RolloutConfig(), torch.Generator())
-    assert torch.equal(out_NV, logits_NV)
 
 
 @pytest.mark.parametrize("M", [1, 3])
@@ -196,17 +182,13 @@ def test_small_expectation_step_never_lowers_a_linear_reward(M):
         direction_D = torch.randn(6, generator=rng)
         logits_NV = 2 * torch.randn(8, V, generator=rng)
         masked_BC = torch.ones(2, 4, dtype=torch.bool)
-        guided_NV = guide(
-            logits_NV,
-            torch.zeros(2, 4, dtype=torch.long),
-            masked_BC,
-            lambda response_BCD, attention_BC, w=direction_D: (response_BCD @ w).sum(1),
+        guidance = Guide(
+            lambda response_BCD, attention_BC, rows_B, w=direction_D: (response_BCD @ w).sum(1),
             embedding_VD,
-            is_end,
             GuidanceConfig(kind="expectation", steps=M, eta=0.01),
-            RolloutConfig(temperature=0.7),
-            rng,
         )
+        nothing_BC = torch.zeros(2, 4, dtype=torch.long)
+        guided_NV = steer(logits_NV, nothing_BC, masked_BC, guidance, RolloutConfig(temperature=0.7), uniform(M, 8))
         value_V = embedding_VD @ direction_D
         before_N, after_N = ((x / 0.7).softmax(-1) @ value_V for x in (logits_NV, guided_NV))
         assert (after_N > before_N).all()
@@ -215,17 +197,9 @@ def test_small_expectation_step_never_lowers_a_linear_reward(M):
 def test_first_step_moves_every_read_logit_by_eta(reward):
     # Adam's first step is eta * g / (|g| + 1e-8), whatever the size of g.
     logits_NV, completion_BC, masked_BC = canvas()
-    guided_NV = guide(
-        logits_NV,
-        completion_BC,
-        masked_BC,
-        reward.guide_for(Prompts(TEXTS, [{}] * 3)),
-        reward.model.get_input_embeddings().weight[:V].detach(),
-        is_end,
-        GuidanceConfig(kind="expectation", steps=1, eta=0.25),
-        RolloutConfig(temperature=2.0),
-        torch.Generator(),
-    )
+    guidance = guide_of(reward, GuidanceConfig(kind="expectation", steps=1, eta=0.25))
+    rollout = RolloutConfig(temperature=2.0)
+    guided_NV = steer(logits_NV, completion_BC, masked_BC, guidance, rollout, uniform(1, len(logits_NV)))
     moved = (guided_NV - logits_NV)[0].abs()
     assert (moved[torch.arange(V) != 13] - 0.25).abs().max() < 0.01
 
@@ -244,20 +218,47 @@ def test_entropy_weight_is_1_for_uniform_and_0_for_one_hot():
 def test_truncation_equals_sorting(top_k, top_p):
     logits_NV = 2 * torch.randn(12, 15, generator=torch.Generator().manual_seed(3)).double()
     logits_NV[:6, 4] = float("-inf")  # as the mask token
-    expected_NV = torch.stack([slow_truncate(row, top_k, top_p) for row in logits_NV])
-    assert torch.equal(truncate(logits_NV, top_k, top_p), expected_NV)
-    assert torch.isfinite(truncate(logits_NV, top_k, top_p)).any(1).all()
+    expected_NV = torch.stack([slow_truncate(row / 0.7, top_k, top_p) for row in logits_NV]).log_softmax(-1)
+    support = support_of(logits_NV, 0.7, top_k, top_p)
+    for v in range(15):
+        logp_N = support.logp(torch.full((12,), v))
+        torch.testing.assert_close(logp_N, expected_NV[:, v], rtol=0, atol=1e-6)
+    assert torch.equal(support.best(), expected_NV.argmax(-1))
 
 
-def test_sampling_frequencies_follow_the_softmax():
+@pytest.mark.parametrize("V", [300, 64 * 40, 64 * 40 + 1, 64 * 40 + 63])  # one search, and in blocks with a rest
+@pytest.mark.parametrize("k", [1, 7, 10])
+def test_largest_equals_topk(V, k):
+    x_NV = torch.randn(50, V, generator=torch.Generator().manual_seed(k))
+    x_NV[0, -k:] += 10  # in the rest, where there is one
+    x_NV[1, : V - 1] = float("-inf")
+    values_NK, index_NK = largest(x_NV, k)
+    assert torch.equal(values_NK, x_NV.topk(k, dim=-1).values)
+    assert torch.equal(x_NV.gather(1, index_NK), values_NK)
+    assert all(len(set(row)) == k for row in index_NK.tolist())
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_sampling_frequencies_follow_the_softmax(top_k):
     logits_V = torch.tensor([2.0, 0.0, -1.0, 1.5, float("-inf"), -3.0])
     n = 40_000
-    drawn_N = sample(logits_V.expand(n, -1), torch.Generator().manual_seed(0))
+    support = support_of(logits_V.expand(n, -1), 1.0, top_k, 1.0)
+    drawn_N = support.token(support.pick(uniform(n)))
     share_V = torch.bincount(drawn_N, minlength=6) / n
     p_V = logits_V.softmax(0)
     # Five standard deviations of a share of n draws.
     assert ((share_V - p_V).abs() <= 5 * (p_V * (1 - p_V) / n).sqrt()).all()
     assert share_V[4] == 0 and share_V[5] > 0
+
+
+def test_the_outermost_quantiles_hit_possible_tokens():
+    logits_NV = torch.randn(200, 3000, generator=torch.Generator().manual_seed(0)) * 4
+    logits_NV[:, ::2] = float("-inf")
+    for top_k, top_p in ((0, 1.0), (0, 0.9), (50, 0.95)):
+        support = support_of(logits_NV, 1.0, top_k, top_p)
+        for u in (1e-7, 1 - 1e-6):
+            token_N = support.token(support.pick(torch.full((200,), u)))
+            assert support.logp(token_N).isfinite().all()
 
 
 def test_reward_sees_tokens_before_the_first_end_token():

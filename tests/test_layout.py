@@ -11,13 +11,13 @@ ROOT = Path(rgrl.__file__).parent
 # The design's table, lowest layer first. A module may import from its own layer and from those below.
 LAYERS = [
     {"config", "types", "seeds"},
-    {"models", "rewards", "data", "tracking", "guidance", "denoise", "advantages", "logprobs", "objectives"},
+    {"models", "rewards", "data", "tracking", "guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"},
     {"checkpoint", "evaluation", "report"},
     {"trainer"},
     {"cli"},
 ]
 # Plain torch: models and rewards arrive as arguments.
-PURE = {"guidance", "denoise", "advantages", "logprobs", "objectives"}
+PURE = {"guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"}
 MAY_ACCELERATE = {"checkpoint", "evaluation", "tracking", "trainer"}
 
 

@@ -8,11 +8,12 @@ from conftest import PROMPTS
 
 from rgrl.advantages import ADVANTAGES, centred, leave_one_out, zero_spread, zscore
 from rgrl.config import LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
-from rgrl.denoise import denoise
+from rgrl.denoise import RolloutNoise, denoise
 from rgrl.logprobs import ESTIMATORS, draw_one_step, estimate_one_step, masked_nll
 from rgrl.models import add_lora, load_policy
 from rgrl.models.lora import adapter_parameters
 from rgrl.objectives import OBJECTIVES, grpo, k3, likelihood, reinforce
+from rgrl.seeds import generators
 from rgrl.types import LossInputs, Rollout
 
 # Objectives
@@ -195,8 +196,8 @@ def policy(request):
 def rollout(policy):
     prompt_BL, attention_BL = policy.encode_prompts(PROMPTS[:4], 16)
     config = RolloutConfig(max_completion_length=8, steps=4)
-    rng = torch.Generator().manual_seed(0)
-    made = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, config, rng)
+    noise = RolloutNoise.draw(generators(0, 0, range(4), "rollout"), 4, 8, 0)
+    made = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, config, noise)
     canvas_BL = made.canvas_BL.clone()
     canvas_BL[1, -5] = canvas_BL[2, -8] = policy.eos_id  # rows of different lengths, one of a single token
     ended_BC = (canvas_BL[:, -8:] == policy.eos_id).long().cumsum(1)
@@ -209,13 +210,13 @@ def rollout(policy):
 
 def noise_for(rollout, prompt_mask=0.3, seed=3):
     config = ObjectiveConfig(prompt_mask=prompt_mask)
-    return draw_one_step(rollout, config, torch.Generator().manual_seed(seed))
+    return draw_one_step(rollout, config, generators(seed, 0, range(4), "noise"))
 
 
 def test_one_step_equals_a_loop_over_rows_and_tokens(policy, rollout):
     noise = noise_for(rollout)
     with torch.no_grad():
-        fast_BC = estimate_one_step(policy.logits, rollout, noise, policy.mask_id)
+        fast_BC = estimate_one_step(policy.logp, rollout, noise, policy.mask_id)
         for b in range(4):
             real = rollout.attention_BL[b]  # one row at a time, without its padding
             ids = rollout.canvas_BL[b][real]
@@ -251,10 +252,10 @@ def test_one_step_hides_the_completion_and_a_share_of_the_prompt(rollout):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_ratio_is_exactly_1_and_kl_exactly_0_before_the_first_update(name, policy, rollout):
     estimator = ESTIMATORS[name]
-    noise = estimator.draw(rollout, ObjectiveConfig(), torch.Generator().manual_seed(0))
+    noise = estimator.draw(rollout, ObjectiveConfig(), generators(0, 0, range(4), "noise"))
 
     def estimate():
-        return estimator.estimate(policy.logits, rollout, noise, policy.mask_id)
+        return estimator.estimate(policy.logp, rollout, noise, policy.mask_id)
 
     with torch.no_grad():
         old_BC = estimate()
@@ -278,18 +279,18 @@ def test_reference_is_the_frozen_base_once_the_adapter_has_moved(dream_dir, roll
     moved = add_lora(load_policy(ModelConfig(path=str(dream_dir))), LoraConfig(r=4, alpha=8), seed=0)
     noise = noise_for(rollout)
     with torch.no_grad():
-        base_BC = estimate_one_step(moved.logits, rollout, noise, moved.mask_id)
+        base_BC = estimate_one_step(moved.logp, rollout, noise, moved.mask_id)
         for p in adapter_parameters(moved).values():
             p.add_(0.1)
-        new_BC = estimate_one_step(moved.logits, rollout, noise, moved.mask_id)
+        new_BC = estimate_one_step(moved.logp, rollout, noise, moved.mask_id)
         with moved.reference():
-            ref_BC = estimate_one_step(moved.logits, rollout, noise, moved.mask_id)
+            ref_BC = estimate_one_step(moved.logp, rollout, noise, moved.mask_id)
     assert torch.equal(ref_BC, base_BC)
     assert (new_BC - base_BC).abs().max() > 0.01
 
 
 def test_likelihood_gradient_reaches_the_adapter_alone(policy, rollout):
-    new_BC = estimate_one_step(policy.logits, rollout, noise_for(rollout), policy.mask_id)
+    new_BC = estimate_one_step(policy.logp, rollout, noise_for(rollout), policy.mask_id)
     x = LossInputs(new_BC, rollout.completion_mask_BC, torch.zeros(4))
     likelihood(x, ObjectiveConfig()).loss_sum.backward()
     named = dict(policy.named_parameters())
@@ -299,12 +300,12 @@ def test_likelihood_gradient_reaches_the_adapter_alone(policy, rollout):
 
 
 def test_masked_nll_by_hand(policy, rollout):
-    rng = torch.Generator().manual_seed(7)
+    rngs = generators(7, 0, range(4), "nll")
     with torch.no_grad():
-        total, count = masked_nll(policy.logits, rollout, torch.Generator().manual_seed(7), policy.mask_id)
+        total, count = masked_nll(policy.logp, rollout, generators(7, 0, range(4), "nll"), policy.mask_id)
         expected_total, expected_count = 0.0, 0
         for rate in (0.25, 0.5, 0.75):
-            u_BC = torch.rand(4, 8, generator=rng)
+            u_BC = torch.stack([torch.rand(8, generator=rng) for rng in rngs])
             for b in range(4):
                 canvas, hidden = rollout.canvas_BL[b].clone(), []
                 for c in range(8):

@@ -76,7 +76,11 @@ def test_embedded_tokens_get_the_score_of_their_text(folder):
     )
     session = reward.guide_for(prompts())
     for _ in range(2):  # the kept prefix is not used up
-        torch.testing.assert_close(session(response_BCD, attention_BC), score_B, rtol=0, atol=1e-5)
+        r_B = session(response_BCD, attention_BC, torch.arange(len(score_B)))
+        torch.testing.assert_close(r_B, score_B, rtol=0, atol=1e-5)
+    some_A = torch.tensor([0, 2])
+    r_A = session(response_BCD[some_A], attention_BC[some_A], some_A)
+    torch.testing.assert_close(r_A, score_B[some_A], rtol=0, atol=1e-5)
 
 
 def test_all_completions_empty(folder):

@@ -30,9 +30,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from rgrl.config import ModelConfig, RolloutConfig
-from rgrl.denoise import denoise
+from rgrl.denoise import RolloutNoise, denoise
 from rgrl.models import load_policy
 from rgrl.rewards.classifier import load_classifier, pad_left
+from rgrl.seeds import generators
 from rgrl.types import Prompts
 
 HERE = Path(__file__).parent
@@ -377,11 +378,12 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
     """(opening, unguided completion) from the built policy, one per opening."""
     policy = load_policy(ModelConfig(path=str(folder)))
     settings = RolloutConfig(max_completion_length=24, top_k=50, top_p=0.95, **sampler)
-    generator, pairs = torch.Generator().manual_seed(seed), []
+    T, C, pairs = settings.steps, settings.max_completion_length, []
     for start in range(0, len(openings), 64):
         chunk = openings[start : start + 64]
         prompt_BL, attention_BL = policy.encode_prompts(chunk, 64)
-        rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, settings, generator)
+        noise = RolloutNoise.draw(generators(seed, 0, range(start, start + len(chunk)), "samples"), T, C, 0)
+        rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, settings, noise)
         completions = policy.decode(rollout.completion_BC)
         pairs += zip(chunk, completions, strict=True)
     return pairs

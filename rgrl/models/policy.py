@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.config import ConfigError, ModelConfig
@@ -106,24 +107,54 @@ class Policy(nn.Module):
         return self.causal_lm.config.max_position_embeddings
 
     def logits(self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor | None = None) -> Tensor:
-        """Scores of the token at each position: logits_BLV, or with `at` (bool, BL) logits_NV in row-major order.
+        """Scores of the token at each position: logits_BLV, or logits_NV with `at`.
 
+        `at` says where: bool BL (the result is in row-major order), or int64 N, places in the flattened canvas.
         `canvas_BL` holds token ids, `attention_BL` is False on padding. Position l scores token l in every
         family, and the mask token itself scores -inf: it is never written. Float32.
         """
+        states_BLH = self.states(canvas_BL, attention_BL)
+        if at is not None:
+            states_BLH = states_BLH[at] if at.dtype == torch.bool else states_BLH.flatten(0, 1)[at]
+        return self.project(states_BLH)
+
+    def states(self, canvas_BL: Tensor, attention_BL: Tensor) -> Tensor:
+        """Final hidden states_BLH: the one at l is the one that scores token l."""
         # Rotary positions are relative, so counting real tokens from 0 suits every family and makes padding inert.
         position_BL = (attention_BL.long().cumsum(1) - 1).clamp(min=0)
         states_BLH = self.causal_lm.model(
             input_ids=canvas_BL, attention_mask=attention_BL.long(), position_ids=position_BL, use_cache=False
         ).last_hidden_state
-        if self.family.shifted:  # a row's first token has no state before it and uses its own
-            before_BLH = torch.cat([states_BLH[:, :1], states_BLH[:, :-1]], dim=1)
-            states_BLH = torch.where((position_BL == 0)[..., None], states_BLH, before_BLH)
-        states = states_BLH if at is None else states_BLH[at]
+        if not self.family.shifted:
+            return states_BLH
+        # A row's first token has no state before it and uses its own.
+        before_BLH = torch.cat([states_BLH[:, :1], states_BLH[:, :-1]], dim=1)
+        return torch.where((position_BL == 0)[..., None], states_BLH, before_BLH)
+
+    def project(self, states: Tensor) -> Tensor:
+        """Logits (..., V) of final hidden states (..., H), float32, -inf for the mask token."""
         logits = F.linear(states, self.causal_lm.lm_head.weight[: self.vocab_size]).float()
-        return logits.index_fill(-1, torch.tensor(self.mask_id, device=logits.device), float("-inf"))
+        logits[..., self.mask_id] = float("-inf")
+        return logits
 
     forward = logits
+
+    def logp(self, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> Tensor:
+        """Log-probability in nats, float32, of one token at each place of `at_BL` (bool, row-major), logp_N.
+
+        Only a chunk of the places is projected to the vocabulary at a time, and again for its gradient, so that
+        memory does not grow with the number of places times V.
+        """
+        states_NH = self.states(canvas_BL, attention_BL)[at_BL]
+        places = max(1, (2**26 if states_NH.is_cuda else 2**21) // self.vocab_size)
+        chunks = list(zip(states_NH.split(places), token_N.split(places), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._token_logp(*chunk) for chunk in chunks])
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self._token_logp, *chunk, **again) for chunk in chunks])
+
+    def _token_logp(self, states_NH: Tensor, token_N: Tensor) -> Tensor:
+        return -F.cross_entropy(self.project(states_NH), token_N, reduction="none")
 
     def reference(self) -> AbstractContextManager:
         """Within it, the adapter is off: the frozen base model."""

@@ -107,12 +107,13 @@ class ClassifierReward(nn.Module):
 
     def from_embeddings(self, response_BCD: Tensor, attention_BC: Tensor, prompts: Prompts) -> Tensor:
         """r_B of responses given as embeddings, with gradient; equals `score` where they spell the same tokens."""
-        return self.guide_for(prompts)(response_BCD, attention_BC)
+        return self.guide_for(prompts)(response_BCD, attention_BC, torch.arange(len(prompts), device=self.device))
 
 
 class GuideSession:
-    """Scores embedded responses to fixed prompts: (response_BCD, attention_BC) -> r_B, float32, differentiable.
+    """Scores embedded responses to fixed prompts: response_ACD, attention_AC, rows_A -> r_A, float32, differentiable.
 
+    `rows_A` says which of the prompts are answered, in order.
     The prefix does not depend on the completion and the model is causal, so its keys and values are exact
     for every call. They are computed once per distinct prompt.
     """
@@ -147,12 +148,15 @@ class GuideSession:
         self.prefix_BL = attention_UL[which_B]
         self.suffix_BS = torch.ones(self.suffix_BSD.shape[:2], dtype=torch.bool, device=reward.device)
 
-    def __call__(self, response_BCD: Tensor, attention_BC: Tensor) -> Tensor:
+    def __call__(self, response_ACD: Tensor, attention_AC: Tensor, rows_A: Tensor) -> Tensor:
+        some = len(rows_A) < len(self.prefix_BL)
         cache = DynamicCache(config=self.reward.model.config)
         for i, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, i)
-        embeds_BLD = torch.cat([self.start_B1D, response_BCD.to(self.start_B1D.dtype), self.suffix_BSD], 1)
-        return self.reward._read(embeds_BLD, torch.cat([self.prefix_BL, attention_BC, self.suffix_BS], 1), cache)
+            cache.update(keys[rows_A] if some else keys, values[rows_A] if some else values, i)
+        start_A1D, suffix_ASD = self.start_B1D[rows_A], self.suffix_BSD[rows_A]
+        embeds_ALD = torch.cat([start_A1D, response_ACD.to(start_A1D.dtype), suffix_ASD], 1)
+        attention_AL = torch.cat([self.prefix_BL[rows_A], attention_AC, self.suffix_BS[rows_A]], 1)
+        return self.reward._read(embeds_ALD, attention_AL, cache)
 
 
 def load_classifier(
