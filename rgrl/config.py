@@ -126,6 +126,9 @@ class RolloutConfig:
     commit_above: float = 1.0
     """Approximation: a step also commits every position whose best token has a probability above this, so that there
     are fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
+    block_length: int = 0
+    """Approximation: write this many tokens at a time from left to right, reading what stands before them only at the
+    first step of each block (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
 
 
 @dataclass
@@ -136,6 +139,10 @@ class GuidanceConfig:
     """M, gradient steps per denoising step. Paper: 1 in training, 3 at test time."""
     eta: float = 0.5
     """Step size on the logits. Paper: 0.5."""
+    every: int = 1
+    """Approximation: guide only at every k-th denoising step."""
+    top_n: int = 0
+    """Approximation: guide only the n most likely tokens of each position; 0 means all."""
     path: str | None = None
     """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
 
@@ -358,6 +365,21 @@ def check(c: Config) -> None:
         (
             c.guidance.steps >= 1,
             f"`guidance.steps` must be at least 1, not {c.guidance.steps} (`guidance.kind: none` turns it off)",
+        ),
+        (c.guidance.every >= 1, f"`guidance.every` must be at least 1, not {c.guidance.every}"),
+        (
+            c.guidance.top_n == 0 or c.guidance.top_n >= 2,
+            f"`guidance.top_n` must be 0 (all) or at least 2, not {c.guidance.top_n}",
+        ),
+        (
+            r.block_length == 0 or (r.block_length > 0 and r.max_completion_length % r.block_length == 0),
+            f"`rollout.block_length` ({r.block_length}) must be 0 or divide `rollout.max_completion_length` "
+            f"({r.max_completion_length})",
+        ),
+        (
+            r.block_length <= 0 or r.steps * r.block_length >= r.max_completion_length,
+            f"`rollout.steps` ({r.steps}) must be at least one for each block of `rollout.block_length` "
+            f"({r.block_length}) tokens",
         ),
         (0 < c.guidance.eta < math.inf, f"`guidance.eta` must be above 0 and finite, not {c.guidance.eta}"),
         (

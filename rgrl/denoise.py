@@ -9,10 +9,11 @@ from torch import Tensor
 from rgrl.config import RolloutConfig
 from rgrl.guidance import Guide, guide
 from rgrl.sampling import Support, draw_uniform, support_of
-from rgrl.types import Rollout
+from rgrl.types import PrefixCache, Rollout
 
-# canvas_BL, attention_BL, at_N (places in the flattened canvas) -> logits_NV, fresh memory
-LogitsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+# canvas_BL, attention_BL, at_N (places in the flattened canvas), a PrefixCache with `block_length` -> logits_NV, which
+# guidance writes to; as `Policy.logits`
+LogitsFn = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ def commit_schedule(C: int, T: int) -> list[int]:
     """How many tokens each of T steps commits: the masked share falls linearly from 1 to 0; they sum to C."""
     left = [C - (C * t) // T for t in range(T + 1)]
     return [left[t] - left[t + 1] for t in range(T)]
+
+
+def write_schedule(C: int, T: int, block: int) -> list[tuple[int, int, int, int]]:
+    """For each of T steps: the block `first` ... `end` - 1 it writes in, how many places are hidden there, how many go.
+
+    Blocks of `block` tokens from left to right share the steps; 0 means one block of all C.
+    """
+    block = block or C
+    n, plan = C // block, []
+    for i in range(n):
+        left = block
+        for k in commit_schedule(block, T * (i + 1) // n - T * i // n):
+            plan.append((i * block, (i + 1) * block, left, k))
+            left -= k
+    return plan
 
 
 def confidence_of(rule: str, support: Support, token_N: Tensor, order_N: Tensor) -> Tensor:
@@ -100,34 +116,41 @@ def denoise(
     policy_BC = torch.zeros(B, C, device=device)
     # The canvases of a group are identical until their first tokens, so the first step reads one of each.
     row_U, group_B = first_occurrences(torch.cat([canvas_BL, attention_BL], 1))
-    rows_A, left = torch.arange(B, device=device), C  # the rows that are still written
+    rows_A = torch.arange(B, device=device)  # the rows that are still written
     # Asking a GPU what it has found makes it wait, so there rows leave only where the option asks anyway.
     look = device.type == "cpu" or config.commit_above < 1
-    for t, k in enumerate(commit_schedule(C, config.steps)):
+    steered = guidance is not None and guidance.config.kind != "none"
+    for t, (first, end, left, k) in enumerate(write_schedule(C, config.steps, config.block_length)):
         if k == 0:
             continue
-        N = len(rows_A) * left
+        N, new_block = len(rows_A) * left, left == end - first  # known without asking, if every row hides `left`
         if look and t > 0:
             masked_BC &= unfinished(completion_BC, masked_BC, is_end)[:, None]
-            rows_A = masked_BC.any(1).nonzero()[:, 0]
-            N = int(masked_BC.sum())
+            staying_A = masked_BC.any(1).nonzero()[:, 0]
+            new_block |= len(staying_A) < len(rows_A)  # what was kept is of other rows
+            rows_A, N = staying_A, int(masked_BC[:, :end].sum())
             if N == 0:
-                break
-        # Without looking, every row hides `left` tokens, so their number N is known.
-        hidden_N = masked_BC[rows_A].flatten().sort(descending=True, stable=True).indices[:N]
-        row_N, place_N = hidden_N // C, hidden_N % C
+                continue
+        hidden_N = masked_BC[rows_A, :end].flatten().sort(descending=True, stable=True).indices[:N]
+        row_N, place_N = hidden_N // end, hidden_N % end
+        flat_N = rows_A[row_N] * C + place_N  # in the completions of all rows
         if t == 0 and len(row_U) < B:
-            at_UC = torch.arange(len(row_U), device=device)[:, None] * L + torch.arange(width, L, device=device)
+            at_UC = torch.arange(len(row_U), device=device)[:, None] * L + torch.arange(
+                width, width + end, device=device
+            )
             logits_NV = logits(canvas_BL[row_U], attention_BL[row_U], at_UC.flatten())
             logits_NV = logits_NV.unflatten(0, at_UC.shape)[group_B].flatten(0, 1)
+        elif config.block_length:
+            if new_block or t == 1:
+                prefix = PrefixCache(width + first - 1)  # the state before the block scores its first token
+            at_N = row_N * L + width + place_N
+            logits_NV = logits(canvas_BL[rows_A], attention_BL[rows_A], at_N, prefix)
         else:
             logits_NV = logits(canvas_BL[rows_A], attention_BL[rows_A], row_N * L + width + place_N)
-        flat_N = rows_A[row_N] * C + place_N  # in the completions of all rows
         own = guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
-        steered = guidance is not None and guidance.config.kind != "none"
-        if steered:
+        if steered and t % guidance.config.every == 0:
             u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, flat_N]
-            guide(logits_NV, own, completion_BC[rows_A], hidden_N, rows_A, guidance, config, is_end, u_MN)
+            guide(logits_NV, own, completion_BC[rows_A, :end], hidden_N, rows_A, guidance, config, is_end, u_MN)
             guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
         token_N = guided.token(guided.pick(noise.token_BTC[:, t].flatten()[flat_N]))
         order_N = noise.order_BTC[:, t].flatten()[flat_N]
@@ -138,24 +161,20 @@ def denoise(
         if config.defer_eos:
             confidence_N = confidence_N.masked_fill(is_end(token_N), -1e30)
 
-        confidence_BC = confidence_N.new_full((B * C,), float("-inf")).scatter_(0, flat_N, confidence_N).view(B, C)
-        chosen_Bk = confidence_BC.topk(k, dim=-1).indices
-        commit_BC = torch.zeros_like(masked_BC).scatter_(1, chosen_Bk, True)
+        confidence_BC = spread(confidence_N, flat_N, B, C, float("-inf"))
+        commit_BC = torch.zeros_like(masked_BC).scatter_(1, confidence_BC.topk(k, dim=-1).indices, True)
         if config.commit_above < 1:
-            sure_N = read.logp(read.best()).exp() > config.commit_above
-            commit_BC |= torch.zeros_like(masked_BC).view(-1).scatter_(0, flat_N, sure_N).view(B, C)
-        commit_BC &= masked_BC  # a row may hide fewer than k
+            commit_BC |= spread(read.logp(read.best()).exp() > config.commit_above, flat_N, B, C, False)
+        commit_BC &= confidence_BC > float("-inf")  # a row may hide fewer than k
         chosen_N = commit_BC.flatten()[flat_N]
         for record_BC, value_N in (
             (completion_BC, token_N),
             (behaviour_BC, guided.logp(token_N)),
             (policy_BC, own.logp(token_N)),
         ):
-            value_BC = value_N.new_zeros(B * C, dtype=record_BC.dtype).scatter_(0, flat_N, value_N.to(record_BC.dtype))
-            record_BC.copy_(torch.where(commit_BC, value_BC.view(B, C), record_BC))
+            record_BC.copy_(torch.where(commit_BC, spread(value_N, flat_N, B, C, 0), record_BC))
         step_BC.masked_fill_(commit_BC, t)
         masked_BC &= ~commit_BC
-        left -= k
         if stats is not None and steered:
             stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
             stats.committed.append(commit_BC.sum())
@@ -172,6 +191,11 @@ def denoise(
         behaviour_logp_BC=behaviour_BC,
         policy_logp_BC=policy_BC,
     )
+
+
+def spread(value_N: Tensor, flat_N: Tensor, B: int, C: int, elsewhere: float) -> Tensor:
+    """value_BC, `elsewhere` where `flat_N` names no place."""
+    return value_N.new_full((B * C,), elsewhere).scatter_(0, flat_N, value_N).view(B, C)
 
 
 def first_occurrences(rows_BX: Tensor) -> tuple[Tensor, Tensor]:

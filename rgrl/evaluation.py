@@ -40,7 +40,7 @@ def evaluate(
 ) -> Evaluation:
     """One unguided completion per prompt, always with the same random numbers. Collective: all ranks call it."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    r = config.rollout
+    settings = config.rollout
     index = list(range(rank, len(prompts), ranks))
     rows: list[dict[str, Any]] = []
     nll = torch.zeros(2, device=policy.device, dtype=torch.float64)
@@ -55,8 +55,10 @@ def evaluate(
             attention_BL,
             policy.mask_id,
             policy.is_end,
-            r,
-            RolloutNoise.draw(generators(config.run.seed, 0, chosen, "eval"), r.steps, r.max_completion_length, 0),
+            settings,
+            RolloutNoise.draw(
+                generators(config.run.seed, 0, chosen, "eval"), settings.steps, settings.max_completion_length, 0
+            ),
         )
         completions = policy.decode(rollout.completion_BC)
         total_B, _ = rewards.score(mine, completions)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgrl.config import GuidanceConfig, RolloutConfig
-from rgrl.sampling import Support, row_blocks, support_of
+from rgrl.sampling import Support, largest, row_blocks, support_of
 
 # response_ACD, attention_AC, which of the B rows these A are -> r_A
 RewardFromEmbeddings = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +34,7 @@ def shown_to_reward(token_BC: Tensor, is_end: Callable[[Tensor], Tensor], attend
     return (ended_BC == 0) | ((ended_BC == 1) & is_end(token_BC)) if attend_eos else ended_BC == 0
 
 
-def normalised_entropy(logits_NV: Tensor) -> Tensor:
+def normalised_entropy(logits_NV: Tensor, V: int) -> Tensor:
     """w_N = H(softmax(logits)) / log V in 0 ... 1, of the untempered distribution."""
     w_N = logits_NV.new_empty(len(logits_NV))
     for rows in row_blocks(logits_NV):
@@ -42,7 +42,7 @@ def normalised_entropy(logits_NV: Tensor) -> Tensor:
         z_nV = (logits_NV[rows] - logits_NV[rows].amax(-1, keepdim=True)).clamp_(min=-1e4)
         p_nV = z_nV.softmax(-1)
         w_N[rows] = -torch.log(p_nV.amax(-1)) - z_nV.mul_(p_nV).sum(-1)
-    return w_N / math.log(logits_NV.shape[-1])
+    return w_N / math.log(V)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def guide(
     rollout: RolloutConfig,
     is_end: Callable[[Tensor], Tensor],
     u_MN: Tensor,
-    weight: Callable[[Tensor], Tensor] = normalised_entropy,
+    weight: Callable[[Tensor, int], Tensor] = normalised_entropy,
 ) -> None:
     """Steer `logits_NV` in place by M ascent steps on the summed reward.
 
@@ -65,26 +65,30 @@ def guide(
     tokens. Each step is Adam with fresh state (b1 0.9, b2 0.999, eps 1e-8), rate `config.eta`. Tokens that the
     policy scores -inf stay impossible. `weight` gives w_N from logits; only `entrgi` asks it.
 
-    Beside the logits this holds one more tensor of their size, and Adam's two moments where M > 1.
+    Beside the logits this holds one more tensor of their size, and Adam's two moments where M > 1. With
+    `config.top_n` all of this is about the n most likely tokens of each position, as if there were no others.
     """
     config, table_VD, tau = guidance.config, guidance.embedding_VD, rollout.temperature
-    D = table_VD.shape[1]
+    V, D = table_VD.shape
+    phi_NV, token_NV = logits_NV, None
+    if 0 < config.top_n < V:
+        phi_NV, token_NV = largest(logits_NV, config.top_n)
+        table_NVD = table_VD[token_NV]
     # The probabilities, and after the reward model was read the gradient; in the table's type, as they meet it.
-    scratch_NV = torch.empty_like(logits_NV, dtype=table_VD.dtype)
-    moments = [torch.zeros_like(logits_NV) for _ in range(2)] if config.steps > 1 else None
+    scratch_NV = torch.empty_like(phi_NV, dtype=table_VD.dtype)
+    moments = [torch.zeros_like(phi_NV) for _ in range(2)] if config.steps > 1 else None
     known_BCD = table_VD[completion_BC.flatten().index_fill(0, hidden_N, 0)].view(*completion_BC.shape, D)
     for m in range(config.steps):
         if m > 0:
-            support = support_of(logits_NV, tau, rollout.top_k, rollout.top_p)
-        for rows in row_blocks(logits_NV):
-            scratch_NV[rows] = (logits_NV[rows] / tau).softmax(-1)
-        soft_ND = scratch_NV @ table_VD
+            support = support_of(phi_NV, tau, rollout.top_k, rollout.top_p).renamed(token_NV)
+        for rows in row_blocks(phi_NV):
+            scratch_NV[rows] = (phi_NV[rows] / tau).softmax(-1)
+        soft_ND = scratch_NV @ table_VD if token_NV is None else torch.bmm(scratch_NV[:, None], table_NVD)[:, 0]
         blend_ND = soft_ND
         if config.kind != "expectation":
             hard_ND = table_VD[support.token(support.pick(u_MN[m]))]
-            blend_ND = (
-                hard_ND if config.kind == "aps" else soft_ND.lerp(hard_ND, weight(logits_NV)[:, None].to(hard_ND))
-            )
+            w_N1 = 1.0 if config.kind == "aps" else weight(phi_NV, V)[:, None].to(soft_ND.dtype)
+            blend_ND = soft_ND + w_N1 * (hard_ND - soft_ND)
         likely_BC = completion_BC.flatten().scatter(0, hidden_N, support.best()).view_as(completion_BC)
         # The straight-through blend passes the gradient to the soft embedding unchanged, so the graph starts here.
         with torch.enable_grad():
@@ -93,10 +97,14 @@ def guide(
             shown_BC = shown_to_reward(likely_BC, is_end, guidance.attend_eos)
             reward_B = guidance.reward(response_BCD, shown_BC, rows_B)
             (g_ND,) = torch.autograd.grad(reward_B.sum(), blend_ND)
-        torch.mm(g_ND / tau, table_VD.T, out=scratch_NV)
-        for rows in row_blocks(logits_NV):
+        g_ND = g_ND / tau
+        if token_NV is None:
+            torch.mm(g_ND, table_VD.T, out=scratch_NV)
+        else:
+            scratch_NV = torch.bmm(table_NVD, g_ND[..., None])[..., 0]
+        for rows in row_blocks(phi_NV):
             # The gradient of the softmax; its probabilities once more, which is cheaper than keeping them.
-            p_nV = (logits_NV[rows] / tau).softmax(-1)
+            p_nV = (phi_NV[rows] / tau).softmax(-1)
             g_nV = scratch_NV[rows].to(p_nV.dtype).mul_(p_nV)
             g_nV.sub_(p_nV.mul_(g_nV.sum(-1, keepdim=True)))
             if moments is None:  # Adam's first step from fresh state in closed form
@@ -107,4 +115,6 @@ def guide(
                 second_nV.mul_(0.999).addcmul_(g_nV, g_nV, value=0.001)
                 scale_nV = second_nV.div(1 - 0.999 ** (m + 1)).sqrt_().add_(1e-8)
                 g_nV = torch.div(first_nV, scale_nV.mul_(1 - 0.9 ** (m + 1)), out=scale_nV)
-            logits_NV[rows].add_(g_nV, alpha=config.eta)
+            phi_NV[rows].add_(g_nV, alpha=config.eta)
+    if token_NV is not None:
+        logits_NV.scatter_(1, token_NV, phi_NV)

@@ -24,11 +24,11 @@ class Support:
     """The tempered and truncated distribution of each position over its K candidates."""
 
     logp_NK: Tensor  # nats; a row's probabilities sum to 1; -inf outside the nucleus
-    token_NK: Tensor | None  # candidate k's token, most likely first; None: all of them, in the order of their ids
+    token_NK: Tensor | None  # candidate k's token; None: all of them, in the order of their ids
 
     def best(self) -> Tensor:
         """The most likely token of each row."""
-        return self.logp_NK.argmax(-1) if self.token_NK is None else self.token_NK[:, 0]
+        return self.token(self.logp_NK.argmax(-1))
 
     def token(self, slot_N: Tensor) -> Tensor:
         """The token of candidate `slot_N` of each row."""
@@ -48,8 +48,11 @@ class Support:
         hit_NK = (cdf_NK > u_N.to(cdf_NK.dtype)[:, None] * cdf_NK[:, -1:]) & (p_NK > 0)
         return hit_NK.byte().argmax(-1)
 
-    def rows(self, rows: slice) -> "Support":
-        return Support(self.logp_NK[rows], None if self.token_NK is None else self.token_NK[rows])
+    def renamed(self, token_NV: Tensor | None) -> "Support":
+        """The same where column v of the logits stands for token `token_NV[n, v]`."""
+        if token_NV is None:
+            return self
+        return Support(self.logp_NK, token_NV if self.token_NK is None else token_NV.gather(1, self.token_NK))
 
 
 def draw_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

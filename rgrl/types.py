@@ -59,6 +59,17 @@ class Rollout:
         return self.canvas_BL[:, -self.completion_mask_BC.shape[1] :]
 
 
+@dataclass
+class PrefixCache:
+    """Keys and values of a canvas's first `length` tokens, as they were when the canvas was last read whole.
+
+    An approximation: in a bidirectional model they depend on what comes after them (Fast-dLLM, arXiv 2505.22618).
+    """
+
+    length: int
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # empty: the next reading is whole and fills it
+
+
 @dataclass(frozen=True)
 class NoiseDraw:
     """Which tokens an estimator hides: drawn once as data, shared by the old, reference and new estimates."""

@@ -166,7 +166,7 @@ def test_entropy_weight_of_0_and_1_gives_expectation_and_aps(weight, kind, rewar
             guide_of(reward, GuidanceConfig(kind=name, steps=2)),
             RolloutConfig(),
             uniform(2, len(logits_NV)),
-            weight=lambda phi_NV: torch.full_like(phi_NV[:, 0], weight),
+            weight=lambda phi_NV, V: torch.full_like(phi_NV[:, 0], weight),
         )
         for name in ("entrgi", kind)
     }
@@ -209,7 +209,7 @@ def test_entropy_weight_is_1_for_uniform_and_0_for_one_hot():
     one_hot_V[4] = 2.0
     half_V = torch.full((9,), float("-inf"))
     half_V[[1, 2, 3]] = 0.0
-    w_N = normalised_entropy(torch.stack([torch.full((9,), 3.0), one_hot_V, half_V]))
+    w_N = normalised_entropy(torch.stack([torch.full((9,), 3.0), one_hot_V, half_V]), 9)
     torch.testing.assert_close(w_N, torch.tensor([1.0, 0.0, 0.5]))
 
 

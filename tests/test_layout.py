@@ -11,7 +11,18 @@ ROOT = Path(rgrl.__file__).parent
 # The design's table, lowest layer first. A module may import from its own layer and from those below.
 LAYERS = [
     {"config", "types", "seeds"},
-    {"models", "rewards", "data", "tracking", "guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"},
+    {
+        "models",
+        "rewards",
+        "data",
+        "tracking",
+        "guidance",
+        "sampling",
+        "denoise",
+        "advantages",
+        "logprobs",
+        "objectives",
+    },
     {"checkpoint", "evaluation", "report"},
     {"trainer"},
     {"cli"},

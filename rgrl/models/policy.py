@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.config import ConfigError, ModelConfig
 from rgrl.models.families import Family, find_family
+from rgrl.types import PrefixCache
 
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
@@ -106,25 +107,44 @@ class Policy(nn.Module):
         """Longest canvas, in tokens, that the model has positions for."""
         return self.causal_lm.config.max_position_embeddings
 
-    def logits(self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor | None = None) -> Tensor:
+    def logits(
+        self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor | None = None, prefix: PrefixCache | None = None
+    ) -> Tensor:
         """Scores of the token at each position: logits_BLV, or logits_NV with `at`.
 
         `at` says where: bool BL (the result is in row-major order), or int64 N, places in the flattened canvas.
         `canvas_BL` holds token ids, `attention_BL` is False on padding. Position l scores token l in every
-        family, and the mask token itself scores -inf: it is never written. Float32.
+        family, and the mask token itself scores -inf: it is never written. Float32. With a `prefix` that holds
+        something its tokens are not read again, and `at` may only name places after them.
         """
-        states_BLH = self.states(canvas_BL, attention_BL)
+        states_BLH = self.states(canvas_BL, attention_BL, prefix)
         if at is not None:
             states_BLH = states_BLH[at] if at.dtype == torch.bool else states_BLH.flatten(0, 1)[at]
         return self.project(states_BLH)
 
-    def states(self, canvas_BL: Tensor, attention_BL: Tensor) -> Tensor:
-        """Final hidden states_BLH: the one at l is the one that scores token l."""
+    def states(self, canvas_BL: Tensor, attention_BL: Tensor, prefix: PrefixCache | None = None) -> Tensor:
+        """Final hidden states_BLH: the one at l is the one that scores token l. Zero where `prefix` spares reading."""
         # Rotary positions are relative, so counting real tokens from 0 suits every family and makes padding inert.
         position_BL = (attention_BL.long().cumsum(1) - 1).clamp(min=0)
+        cache, start = None, 0
+        if prefix is not None:
+            cache = DynamicCache(config=self.causal_lm.config)
+            for i, (keys, values) in enumerate(prefix.layers):
+                cache.update(keys, values, i)
+                start = prefix.length
         states_BLH = self.causal_lm.model(
-            input_ids=canvas_BL, attention_mask=attention_BL.long(), position_ids=position_BL, use_cache=False
+            input_ids=canvas_BL[:, start:],
+            attention_mask=attention_BL.long(),
+            position_ids=position_BL[:, start:],
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
+        if prefix is not None and not prefix.layers:
+            prefix.layers = [
+                (layer.keys[:, :, : prefix.length], layer.values[:, :, : prefix.length]) for layer in cache.layers
+            ]
+        if start > 0:
+            states_BLH = F.pad(states_BLH, (0, 0, start, 0))
         if not self.family.shifted:
             return states_BLH
         # A row's first token has no state before it and uses its own.
