@@ -249,7 +249,7 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
     with clock.phase("rollout"):
         prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
         guidance = None
-        if parts.guide is not None and parts.guide.embedding_VD is not None:
+        if config.guidance.kind != "none" and parts.guide is not None and parts.guide.embedding_VD is not None:
             guidance = Guide(
                 parts.guide.guide_for(prompts), parts.guide.embedding_VD, config.guidance, config.reward.attend_eos
             )

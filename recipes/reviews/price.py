@@ -1,0 +1,85 @@
+"""What each approximation of a rollout costs in reward and saves in time, on the reviews recipe's untrained policy.
+
+    python recipes/reviews/price.py
+    python recipes/reviews/price.py --seeds 3 --rounds 3
+
+Every variant writes completions of the same held-out prompts with the same random numbers; the interval is over
+prompts and seeds. A step is one rollout and one update on the recipe's training prompts, the variants in turn.
+"""
+
+import argparse
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from rgrl.checkpoint import Progress
+from rgrl.config import load_config
+from rgrl.data import PromptStream
+from rgrl.evaluation import distinct_2
+from rgrl.trainer import Clock, Parts, roll_out, rollout_step, set_up, update_step
+
+RECIPE = Path(__file__).with_name("rgrl.yaml")
+VARIANTS = {
+    "exact": [],
+    "unguided": ["--guidance.kind", "none"],
+    "guidance.every 2": ["--guidance.every", "2"],
+    "guidance.every 4": ["--guidance.every", "4"],
+    "guidance.top_n 50": ["--guidance.top_n", "50"],
+    "guidance.top_n 10": ["--guidance.top_n", "10"],
+    "rollout.commit_above 0.9": ["--rollout.commit_above", "0.9"],
+    "rollout.commit_above 0.6": ["--rollout.commit_above", "0.6"],
+    "rollout.block_length 10": ["--rollout.block_length", "10"],
+    "rollout.block_length 5": ["--rollout.block_length", "5"],
+}
+
+
+def seconds(parts: Parts) -> float:
+    """One training step; the learning rate is so small that the policy stays what it is."""
+    clock = Clock()
+    scored = rollout_step(parts, 0, clock)
+    update_step(parts, scored, 0, Progress(), clock)
+    return sum(clock.seconds.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    variants = {
+        name: load_config(RECIPE, [*overrides, "--optim.learning_rate", "1e-12"])
+        for name, overrides in VARIANTS.items()
+    }
+    parts = set_up(variants["exact"], Accelerator(cpu=True))
+    assert parts.eval_prompts is not None and parts.judge is not None
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(args.rounds + 1):
+        for name, config in variants.items():
+            stream = PromptStream(parts.stream.prompts, round_, config.run.prompts_per_device, 1)
+            spent = seconds(replace(parts, config=config, stream=stream))
+            if round_ > 0:  # the first round warms up
+                taken[name].append(spent)
+    print(f"{'variant':<26}{'step, x unguided':>18}{'reward':>16}{'judge':>8}{'distinct_2':>12}")
+    for name, config in variants.items():
+        reward, judge, texts = [], [], []
+        for seed in range(args.seeds):
+            config.run.seed = seed
+            scored = roll_out(replace(parts, config=config), parts.eval_prompts, 0, "price", Clock())
+            reward += scored.reward_B.tolist()
+            judge += parts.judge.score(scored.prompts, scored.completions).tolist()
+            texts.append(distinct_2(scored.completions))
+        ratio = statistics.median(a / b for a, b in zip(taken[name], taken["unguided"], strict=True))
+        mean = torch.tensor(reward).mean().item()
+        half = 1.96 * torch.tensor(reward).std().item() / len(reward) ** 0.5
+        print(
+            f"{name:<26}{ratio:>18.2f}{mean:>9.2f} ± {half:.2f}{statistics.mean(judge):>8.2f}"
+            f"{statistics.mean(texts):>12.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
