@@ -5,14 +5,16 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPTS
+from conftest import PROMPTS, write_reward
 
 from rgrl.config import GuidanceConfig, ModelConfig, RolloutConfig
 from rgrl.denoise import DenoiseStats, RolloutNoise, commit_schedule, denoise
 from rgrl.guidance import Guide, guide
 from rgrl.models import load_policy
+from rgrl.rewards import load_classifier
 from rgrl.sampling import support_of
 from rgrl.seeds import generators
+from rgrl.types import Prompts
 
 V, MASK, END, C = 12, 11, 7, 6
 
@@ -60,10 +62,19 @@ def toy_guide(kind="expectation"):
     return Guide(reward, embedding_VD, GuidanceConfig(kind=kind, steps=2, eta=0.7))
 
 
-def run(policy, config, seed=0, guidance=None, stats=None):
-    prompt_BL, attention_BL = prompts()
-    noise = noise_for(config, seed, guidance)
-    return denoise(policy, prompt_BL, attention_BL, MASK, is_end, config, noise, guidance, stats)
+@dataclasses.dataclass
+class Case:
+    """Three prompts and what a token id means."""
+
+    prompt_BL: torch.Tensor
+    attention_BL: torch.Tensor
+    mask: int = MASK
+    is_end: object = is_end
+
+
+def run(policy, config, seed=0, guidance=None, stats=None, case=None):
+    case, noise = case or Case(*prompts()), noise_for(config, seed, guidance)
+    return denoise(policy, case.prompt_BL, case.attention_BL, case.mask, case.is_end, config, noise, guidance, stats)
 
 
 def noise_for(config, seed, guidance=None, rows=3):
@@ -114,10 +125,10 @@ class TieError(Exception):
     """Two positions are equally sure and only one is to be committed: the method doesn't say which."""
 
 
-def slow_denoise(policy, config, seed, guidance=None):
+def slow_denoise(policy, config, seed, guidance=None, case=None):
     """Section 1 of the method, with the same random numbers as the loop under test."""
-    prompt_BL, attention_BL = prompts()
-    noise = noise_for(config, seed, guidance)
+    case, noise = case or Case(*prompts()), noise_for(config, seed, guidance)
+    prompt_BL, attention_BL, MASK, is_end = case.prompt_BL, case.attention_BL, case.mask, case.is_end
     B, width = prompt_BL.shape
     T = config.steps
     canvas = [row + [MASK] * C for row in prompt_BL.tolist()]
@@ -150,7 +161,7 @@ def slow_denoise(policy, config, seed, guidance=None):
                 read = logp if config.confidence_from == "guided" else own_logp
                 sure = slow_confidence(config.confidence, read, token, u)
                 sure -= config.position_temperature * math.log(-math.log(u))
-                if config.defer_eos and token == END:
+                if config.defer_eos and is_end(torch.tensor(token)):
                     sure = -math.inf
                 ranked.append((sure, c, token, logp[token], own_logp[token]))
                 n += 1
@@ -166,17 +177,19 @@ def slow_denoise(policy, config, seed, guidance=None):
 RULES = ["entropy", "maskgit_plus", "topk_margin", "origin"]
 
 
-def assert_same(toy, config, guidance=None):
+def assert_same(policy, config, guidance=None, slow_policy=None, case=None):
     """The loop under test and the slow one agree, for the first four seeds without a tie."""
+    end = case.is_end if case is not None else is_end
     compared = 0
     for seed in range(30):
         try:
-            canvas, step, behaviour, own = slow_denoise(toy, config, seed, guidance)
+            canvas, step, behaviour, own = slow_denoise(slow_policy or policy, config, seed, guidance, case)
         except TieError:
             continue
-        rollout = run(toy, config, seed, guidance)
+        rollout = run(policy, config, seed, guidance, case=case)
         counted_BC = rollout.completion_mask_BC
-        assert counted_BC.tolist() == [[END not in row[-C : c - C] if c else True for c in range(C)] for row in canvas]
+        ended_BC = end(torch.tensor(canvas)[:, -C:]).long()
+        assert torch.equal(counted_BC, ended_BC.cumsum(1) == ended_BC)
         # What comes after the end token doesn't count; a row that has only such positions left is not written on.
         for made, expected, tolerance in (
             (rollout.completion_BC, [row[-C:] for row in canvas], 0),
@@ -206,6 +219,39 @@ def test_guided_denoising_equals_the_slow_loop(rule, source, position_temperatur
         position_temperature=position_temperature,
     )
     assert_same(Toy(), config, toy_guide("entrgi"))
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    loaded = load_classifier(str(write_reward(tmp_path_factory.mktemp("reward"))), "cpu")
+    loaded.bind(loaded.tokenizer, 4096, "compose")
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["none", "expectation", "aps", "entrgi"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_denoising_with_real_models_equals_the_slow_loop(family, padded, kind, reward, request):
+    policy = load_policy(ModelConfig(path=str(request.getfixturevalue(f"{family}_dir"))))
+    texts = PROMPTS[:3] if padded else [PROMPTS[0]] * 3
+    prompt_BL, attention_BL = policy.encode_prompts(texts, 16)
+    assert bool(attention_BL.all()) != padded
+
+    @torch.no_grad()
+    def slow_policy(canvas_BL, attention_BL, at_N):
+        """One row at a time and without its padding, the whole canvas projected."""
+        full_BLV = torch.zeros(*canvas_BL.shape, policy.vocab_size)
+        for b, real_L in enumerate(attention_BL):
+            ids = canvas_BL[b, real_L][None]
+            full_BLV[b, real_L] = policy.logits(ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        return full_BLV.flatten(0, 1)[at_N]
+
+    guidance = None
+    if kind != "none":
+        session = reward.guide_for(Prompts(texts, [{}] * 3))
+        guidance = Guide(session, reward.embedding_VD, GuidanceConfig(kind=kind, steps=2))
+    case = Case(prompt_BL, attention_BL, policy.mask_id, policy.is_end)
+    assert_same(policy.logits, RolloutConfig(max_completion_length=C, steps=3), guidance, slow_policy, case)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 6])
