@@ -143,9 +143,7 @@ def test_the_loop_never_waits_for_the_gpu(kind):
 def counted(policy):
     """The policy's logits and, for each reading, how many tokens it read."""
     read = []
-    policy.causal_lm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    policy.causal_lm.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
     return read
 
 

@@ -132,12 +132,9 @@ class Policy(nn.Module):
             for i, (keys, values) in enumerate(prefix.layers):
                 cache.update(keys, values, i)
                 start = prefix.length
+        # By position: transformers renamed the argument that takes the cache in 5.24.
         states_BLH = self.causal_lm.model(
-            input_ids=canvas_BL[:, start:],
-            attention_mask=attention_BL.long(),
-            position_ids=position_BL[:, start:],
-            past_key_values=cache,
-            use_cache=cache is not None,
+            canvas_BL[:, start:], attention_BL.long(), position_BL[:, start:], cache, use_cache=cache is not None
         ).last_hidden_state
         if prefix is not None and not prefix.layers:
             prefix.layers = [

@@ -89,12 +89,10 @@ class ClassifierReward(nn.Module):
         """The score at each row's last attended position; `attention_BL` covers cached positions too."""
         backbone = getattr(self.model, self.model.base_model_prefix)
         new = embeds_BLD.shape[1]
+        # By position: transformers renamed the argument that takes the cache in 5.24.
+        position_BL = count_positions(attention_BL)[:, -new:]
         states_BLD = backbone(
-            inputs_embeds=embeds_BLD,
-            attention_mask=attention_BL.long(),
-            position_ids=count_positions(attention_BL)[:, -new:],
-            past_key_values=cache,
-            use_cache=cache is not None,
+            None, attention_BL.long(), position_BL, cache, embeds_BLD, use_cache=cache is not None
         ).last_hidden_state
         index_L = torch.arange(new, device=embeds_BLD.device)
         last_B = torch.where(attention_BL[:, -new:], index_L, -1).amax(1)
@@ -134,13 +132,8 @@ class GuideSession:
             )
             cache = DynamicCache(config=reward.model.config)
             if ids_UL.shape[1] > 1:
-                backbone(
-                    inputs_embeds=embeds_ULD[:, :-1],
-                    attention_mask=attention_UL[:, :-1].long(),
-                    position_ids=count_positions(attention_UL)[:, :-1],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+                position_UL = count_positions(attention_UL)[:, :-1]
+                backbone(None, attention_UL[:, :-1].long(), position_UL, cache, embeds_ULD[:, :-1], use_cache=True)
         self.layers = [(layer.keys[which_B], layer.values[which_B]) for layer in cache.layers if layer.is_initialized]
         # The prefix's last token is read anew each time, so that an empty response has a position to be scored at.
         self.start_B1D = embeds_ULD[which_B, -1:]
