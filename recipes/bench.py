@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceC
 from rgrl.config import GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig
 from rgrl.denoise import RolloutNoise, commit_schedule, denoise
 from rgrl.guidance import Guide
-from rgrl.logprobs import draw_one_step, estimate_one_step
+from rgrl.logprobs import draw_one_step, weighted_sum
 from rgrl.models import add_lora
 from rgrl.models.families import find_family
 from rgrl.models.policy import Policy
@@ -204,7 +204,8 @@ class Workload:
             nothing_BC,
         )
         noise = draw_one_step(rollout, ObjectiveConfig(), generators(0, 0, range(B), "noise"))
-        estimate_one_step(self.policy.logp, rollout, noise, self.policy.mask_id).mean().backward()
+        l_BC = weighted_sum(self.policy.logp, rollout, noise, self.policy.mask_id, ObjectiveConfig(), nothing_BC[:, 0])
+        l_BC.mean().backward()
         self.policy.zero_grad(set_to_none=True)
 
     def variants(self, guidance_steps: list[int]) -> dict[str, tuple[str, Callable[[], None]]]:

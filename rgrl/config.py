@@ -45,7 +45,7 @@ class LoraConfig:
     alpha: float = 32.0
     """Scale; the update is multiplied by alpha / r. RGRL paper: 32."""
     dropout: float = 0.0
-    """Probability in 0 ... 1. The paper has 0.1; 0 keeps policy ratios exactly 1 before the first update."""
+    """Probability in 0 ... 1. The paper has 0.1."""
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
@@ -143,6 +143,15 @@ class GuidanceConfig:
     """Approximation: guide only at every k-th denoising step."""
     top_n: int = 0
     """Approximation: guide only the n most likely tokens of each position; 0 means all."""
+    support: Literal["guided", "policy"] = "guided"
+    """What may be sampled: the top-p/top-k of the steered logits (the paper's way), or that of the policy's own logits,
+    weighted by the steered ones. Only with `policy`, or without truncation, can a correction for guidance be exact."""
+    share: float = 1.0
+    """Share of each group's completions that are guided, 0 ... 1; the others are the policy's own."""
+    eta_final: float | None = None
+    """Step size at the last step of the run, reached linearly from `eta`. None: constant."""
+    probe_prompts: int = 16
+    """Number of evaluation prompts that each evaluation also completes with guidance, to tell what it is worth."""
     path: str | None = None
     """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
 
@@ -150,13 +159,38 @@ class GuidanceConfig:
 @dataclass
 class ObjectiveConfig:
     name: str = "reinforce"
-    """`likelihood`, `reinforce`, `grpo`, or a dotted path `package.module:attribute`."""
+    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, or a dotted path `package.module:attribute`."""
     estimator: str = "one_step"
-    """Log-probability estimator: `one_step`, or a dotted path."""
+    """Log-probability estimator: `one_step`, `elbo`, `coupled`, `quadrature`, `sequence_elbo`, `trajectory`,
+    `trajectory_sampled`, `block_bounds`, or a dotted path. `rgrl/logprobs.py` says what each one is."""
+    draws: int = 2
+    """Number of random canvases (`elbo`, `block_bounds`), pairs of them (`coupled`, `sequence_elbo`), quadrature nodes
+    (`quadrature`) or steps (`trajectory_sampled`) per estimate."""
+    trajectory_steps: int = 1
+    """`trajectory`, `trajectory_sampled`: denoising steps that share a canvas; 1 is exact, more is cheaper."""
+    block_length: int = 0
+    """`block_bounds`: tokens of a block; 0 is the whole completion."""
+    upper_power: float = 1.5
+    """`block_bounds`: power of the upper bound, at least 1. SPG paper: 1.5."""
+    upper_share: float = 0.5
+    """`block_bounds`: share of the upper bound where the advantage is not positive, 0 ... 1. SPG paper: 0.5."""
     advantage: str = "zscore"
-    """`centred`, `zscore`, `leave_one_out`, or a dotted path."""
+    """`centred`, `zscore`, `leave_one_out`, `reward_weighted`, `wd1`, or a dotted path."""
+    weight_temperature: float = 1.0
+    """`reward_weighted`: beta, `wd1`: 1 / psi, in units of the reward."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """What guided tokens count for, c = (probability under the policy) / (under the guided sampler): 1, min(c,
+    correction_max), or c where correction_min <= c <= correction_max and else 0."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """Whether c is of one token, or the product over a completion."""
+    correction_min: float = 0.5
+    """Lower end of the band of `mask`."""
+    correction_max: float = 2.0
+    """Upper end; `.inf` with `truncate` is the full correction."""
     beta: float = 0.0
     """Weight of the k3 estimate of KL(policy || frozen base), per token."""
+    level: Literal["token", "sequence"] = "token"
+    """`grpo`: whether the ratio and its clipping are per token or of a completion's mean token (GSPO)."""
     epsilon_low: float = 0.2
     """`grpo`: the ratio is clipped below 1 - epsilon_low."""
     epsilon_high: float = 0.2
@@ -333,7 +367,7 @@ def _name(kind: type) -> str:
 
 def check(c: Config) -> None:
     """Refuse what cannot work, as far as the settings alone tell. Raises `ConfigError`."""
-    r, o = c.rollout, c.objective
+    r, o, g = c.rollout, c.objective, c.guidance
     rows = c.run.prompts_per_device * r.num_generations
     rules: list[tuple[bool, str]] = [
         (bool(c.model.path), "`model.path` is required: the folder or hub id of a diffusion LM"),
@@ -371,6 +405,12 @@ def check(c: Config) -> None:
             c.guidance.top_n == 0 or c.guidance.top_n >= 2,
             f"`guidance.top_n` must be 0 (all) or at least 2, not {c.guidance.top_n}",
         ),
+        (0 <= g.share <= 1, f"`guidance.share` must be in 0 ... 1, not {g.share}"),
+        (
+            g.eta_final is None or 0 <= g.eta_final < math.inf,
+            f"`guidance.eta_final` must be finite and not negative: {g.eta_final}",
+        ),
+        (g.probe_prompts >= 0, f"`guidance.probe_prompts` must not be negative: {g.probe_prompts}"),
         (
             r.block_length == 0 or (r.block_length > 0 and r.max_completion_length % r.block_length == 0),
             f"`rollout.block_length` ({r.block_length}) must be 0 or divide `rollout.max_completion_length` "
@@ -391,6 +431,29 @@ def check(c: Config) -> None:
             o.name == "likelihood" or r.num_generations >= 2,
             f"`objective.advantage: {o.advantage}` compares completions within a group: "
             "`rollout.num_generations` must be at least 2",
+        ),
+        (o.draws >= 1, f"`objective.draws` must be at least 1, not {o.draws}"),
+        (o.trajectory_steps >= 1, f"`objective.trajectory_steps` must be at least 1, not {o.trajectory_steps}"),
+        (o.block_length >= 0, f"`objective.block_length` must be 0 (all) or more, not {o.block_length}"),
+        (o.upper_power >= 1, f"`objective.upper_power` must be at least 1, not {o.upper_power}"),
+        (0 <= o.upper_share <= 1, f"`objective.upper_share` must be in 0 ... 1, not {o.upper_share}"),
+        (
+            0 < o.weight_temperature < math.inf,
+            f"`objective.weight_temperature` must be above 0 and finite, not {o.weight_temperature}",
+        ),
+        (
+            0 <= o.correction_min <= o.correction_max and o.correction_max > 0,
+            f"`objective.correction_min` ({o.correction_min}) and `objective.correction_max` ({o.correction_max}) must "
+            "be a band of positive numbers",
+        ),
+        (
+            o.correction == "none" or o.level == "token" or o.correction_level == "sequence",
+            "`objective.level: sequence` needs `objective.correction_level: sequence`",
+        ),
+        (
+            {"weighted": "reward_weighted", "wd1": "wd1"}.get(o.name, o.advantage) == o.advantage or ":" in o.advantage,
+            f"`objective.name: {o.name}` does not go with `objective.advantage: {o.advantage}`: `weighted` takes "
+            "`reward_weighted` and `wd1` takes `wd1`",
         ),
         (o.beta >= 0, f"`objective.beta` must not be negative: {o.beta}"),
         (0 <= o.epsilon_low < 1, f"`objective.epsilon_low` must be in [0, 1), not {o.epsilon_low}"),

@@ -30,20 +30,37 @@ class RolloutNoise:
         draws = [[draw_uniform(shape, g) for shape in ((T, C), (T, C), (T, M, C))] for g in generators]
         return RolloutNoise(*(torch.stack(parts) for parts in zip(*draws, strict=True)))
 
+    def rows(self, rows_A: Tensor) -> "RolloutNoise":
+        return RolloutNoise(*(noise[rows_A] for noise in vars(self).values()))
+
     def to(self, device: torch.device) -> "RolloutNoise":
         return RolloutNoise(*(noise.to(device) for noise in vars(self).values()))
 
 
 @dataclass
 class DenoiseStats:
-    """Sums over committed tokens, kept as tensors so that the loop never waits for the device."""
+    """What a rollout saw, kept as tensors so that the loop never waits for the device."""
 
-    changed: list[Tensor] = field(default_factory=list)
-    committed: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)  # sum over a step's committed tokens, nats
+    committed: list[Tensor] = field(default_factory=list)  # how many those are
+    changed: list[Tensor] = field(default_factory=list)  # how many of them guidance gave another most likely token
+    guided: list[Tensor] = field(default_factory=list)  # how many tokens the steps that were guided committed
+    weight: list[tuple[float, Tensor]] = field(default_factory=list)  # share of the steps done, mean entropy weight
 
-    def changed_share(self) -> float:
-        """Share of committed tokens that are not the ones the policy's own logits would have given."""
-        return float(torch.stack(self.changed).sum() / torch.stack(self.committed).sum())
+    def changed_share(self) -> Tensor:
+        """Share of the guided steps' committed tokens where guidance changed the most likely token."""
+        return torch.stack(self.changed).sum() / torch.stack(self.guided).sum().clamp(min=1)
+
+    def mean_entropy(self) -> Tensor:
+        """Mean entropy (nats) of the policy's own sampling distribution where tokens were committed."""
+        return torch.stack(self.entropy).sum() / torch.stack(self.committed).sum().clamp(min=1)
+
+    def weight_by_quarter(self) -> dict[str, Tensor]:
+        """Mean entropy weight w of the hidden positions in each quarter of the denoising steps, as `q1` ... `q4`."""
+        quarters: dict[str, list[Tensor]] = {}
+        for done, w in self.weight:
+            quarters.setdefault(f"q{1 + int(4 * done)}", []).append(w)
+        return {name: torch.stack(ws).mean() for name, ws in quarters.items()}
 
 
 def commit_schedule(C: int, T: int) -> list[int]:
@@ -77,11 +94,10 @@ def confidence_of(rule: str, support: Support, token_N: Tensor, order_N: Tensor)
         return order_N
     if rule == "maskgit_plus":
         return support.logp(token_N).exp()
-    p_NK = support.logp_NK.exp()
     if rule == "topk_margin":
-        best_N2 = p_NK.topk(2, dim=-1).values
+        best_N2 = support.logp_NK.topk(2, dim=-1).values.exp()
         return best_N2[:, 0] - best_N2[:, 1]
-    return -torch.special.entr(p_NK).sum(-1)
+    return -support.entropy()
 
 
 @torch.no_grad()
@@ -148,10 +164,14 @@ def denoise(
         else:
             logits_NV = logits(canvas_BL[rows_A], attention_BL[rows_A], row_N * L + width + place_N)
         own = guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
-        if steered and t % guidance.config.every == 0:
+        w_N, steer_now = None, steered and t % guidance.config.every == 0
+        if steer_now:
             u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, flat_N]
-            guide(logits_NV, own, completion_BC[rows_A, :end], hidden_N, rows_A, guidance, config, is_end, u_MN)
-            guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
+            w_N = guide(logits_NV, own, completion_BC[rows_A, :end], hidden_N, rows_A, guidance, config, is_end, u_MN)
+            if guidance.config.support == "policy":
+                guided = own.steered(logits_NV, config.temperature)
+            else:
+                guided = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
         token_N = guided.token(guided.pick(noise.token_BTC[:, t].flatten()[flat_N]))
         order_N = noise.order_BTC[:, t].flatten()[flat_N]
         read = guided if config.confidence_from == "guided" else own
@@ -175,9 +195,14 @@ def denoise(
             record_BC.copy_(torch.where(commit_BC, spread(value_N, flat_N, B, C, 0), record_BC))
         step_BC.masked_fill_(commit_BC, t)
         masked_BC &= ~commit_BC
-        if stats is not None and steered:
-            stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
-            stats.committed.append(commit_BC.sum())
+        if stats is not None:
+            stats.committed.append(chosen_N.sum())
+            stats.entropy.append(torch.where(chosen_N, own.entropy(), 0.0).sum())
+            if steer_now:
+                stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
+                stats.guided.append(chosen_N.sum())
+            if w_N is not None:
+                stats.weight.append((t / config.steps, w_N.mean()))
     is_end_BC = is_end(completion_BC)
     # What a finished row left open comes after its end token, which fills it.
     first_end_B1 = completion_BC.gather(1, is_end_BC.byte().argmax(1, keepdim=True))

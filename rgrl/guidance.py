@@ -57,8 +57,8 @@ def guide(
     is_end: Callable[[Tensor], Tensor],
     u_MN: Tensor,
     weight: Callable[[Tensor, int], Tensor] = normalised_entropy,
-) -> None:
-    """Steer `logits_NV` in place by M ascent steps on the summed reward.
+) -> Tensor | None:
+    """Steer `logits_NV` in place by M ascent steps on the summed reward; returns the first step's w_N (`entrgi` only).
 
     They are the policy's at the places `hidden_N` of the flattened `completion_BC`, `support` is what it would
     sample from there, `rows_B` says which of the reward's rows these are, and `u_MN` (uniform) picks the hard
@@ -78,6 +78,7 @@ def guide(
     scratch_NV = torch.empty_like(phi_NV, dtype=table_VD.dtype)
     moments = [torch.zeros_like(phi_NV) for _ in range(2)] if config.steps > 1 else None
     known_BCD = table_VD[completion_BC.flatten().index_fill(0, hidden_N, 0)].view(*completion_BC.shape, D)
+    first_w_N = None
     for m in range(config.steps):
         if m > 0:
             support = support_of(phi_NV, tau, rollout.top_k, rollout.top_p).renamed(token_NV)
@@ -87,7 +88,11 @@ def guide(
         blend_ND = soft_ND
         if config.kind != "expectation":
             hard_ND = table_VD[support.token(support.pick(u_MN[m]))]
-            w_N1 = 1.0 if config.kind == "aps" else weight(phi_NV, V)[:, None].to(soft_ND.dtype)
+            w_N1: float | Tensor = 1.0
+            if config.kind == "entrgi":
+                w_N = weight(phi_NV, V)
+                first_w_N = w_N if m == 0 else first_w_N
+                w_N1 = w_N[:, None].to(soft_ND.dtype)
             blend_ND = soft_ND + w_N1 * (hard_ND - soft_ND)
         likely_BC = completion_BC.flatten().scatter(0, hidden_N, support.best()).view_as(completion_BC)
         # The straight-through blend passes the gradient to the soft embedding unchanged, so the graph starts here.
@@ -118,3 +123,4 @@ def guide(
             phi_NV[rows].add_(g_nV, alpha=config.eta)
     if token_NV is not None:
         logits_NV.scatter_(1, token_NV, phi_NV)
+    return first_w_N

@@ -12,69 +12,124 @@ import torch
 from torch import Tensor
 
 from rgrl.config import ObjectiveConfig
-from rgrl.types import LossInputs, LossOutputs, masked_sum
+from rgrl.types import LossInputs, LossOutputs
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`needs` names the extra log-probabilities it reads: `old` and `ref`; only those are computed."""
+    """`needs` names what else it reads: `old`, `ref` (log-probabilities), `behaviour` (the correction); only that is
+    computed. `estimators`, if not empty, are the only ones that it works with."""
 
     loss: Callable[[LossInputs, ObjectiveConfig], LossOutputs]
     needs: frozenset[str] = field(default_factory=frozenset)
+    estimators: frozenset[str] = field(default_factory=frozenset)
 
 
-def k3(logp_BC: Tensor, ref_logp_BC: Tensor) -> Tensor:
-    """Per-token estimate of KL(policy || reference), never negative: e^d - d - 1 with d = ref - new.
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) from one sample, never negative: e^d - d - 1 with d = ref - new.
 
     Schulman, "Approximating KL divergence" (2020), estimator k3.
     """
-    d_BC = ref_logp_BC - logp_BC
-    return d_BC.exp() - d_BC - 1
+    d = ref_logp - logp
+    return d.exp() - d - 1
 
 
 def likelihood(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
     """RGRL's own: minus the mean log-probability of each guided completion, all alike (2602.05000, section 4)."""
-    length_B = inputs.mask_BC.sum(1).clamp(min=1)
-    mean_B = torch.where(inputs.mask_BC, inputs.logp_BC, 0.0).sum(1) / length_B
-    return _with_kl(-mean_B.sum(), torch.tensor(float(len(mean_B)), device=mean_B.device), inputs, config, per_row=True)
+    return _by_row(-_row_mean(inputs.logp_BC, inputs), inputs, config)
+
+
+def weighted(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """-A times the mean log-probability of each row. With the advantage `reward_weighted` it is reward-weighted
+    regression, whose weights sum to G within a group (Peters and Schaal 2007)."""
+    return _by_row(-inputs.advantage_B * _row_mean(_corrected(inputs) * inputs.logp_BC, inputs), inputs, config)
+
+
+def wd1(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """-A times the summed log-probability of each row. With the advantage `wd1` it is wd1 (arXiv 2507.08838)."""
+    return _by_row(-inputs.advantage_B * _row_sum(_corrected(inputs) * inputs.logp_BC, inputs), inputs, config)
 
 
 def reinforce(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
-    """-A l per token, normalised by tokens (the global token mean of DAPO, arXiv 2503.14476)."""
-    loss_BC = -inputs.advantage_B[:, None] * inputs.logp_BC
-    return _with_kl(masked_sum(loss_BC, inputs.mask_BC), inputs.mask_BC.sum().float(), inputs, config)
+    """-c A l per token, normalised by tokens (the global token mean of DAPO, arXiv 2503.14476)."""
+    return _by_token(-_corrected(inputs) * inputs.advantage_B[:, None] * inputs.logp_BC, inputs, config)
 
 
 def grpo(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) per token, rho = exp(l - l_old) (GRPO, arXiv 2402.03300, eq. 3)."""
+    """-c min(rho A, clip(rho, 1 - low, 1 + high) A).
+
+    Token level: rho = exp(l - l_old), normalised by tokens (GRPO, arXiv 2402.03300, equation 3). Sequence level: rho is
+    the exponential of the row's mean difference, normalised by rows (GSPO, arXiv 2507.18071, equation 5).
+    """
     assert inputs.old_logp_BC is not None
-    ratio_BC = (inputs.logp_BC - inputs.old_logp_BC).exp()
-    A_B1 = inputs.advantage_B[:, None]
-    clipped_BC = ratio_BC.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-    loss_BC = -torch.minimum(ratio_BC * A_B1, clipped_BC * A_B1)
-    low_BC = (ratio_BC < 1 - config.epsilon_low) & (A_B1 < 0)
-    high_BC = (ratio_BC > 1 + config.epsilon_high) & (A_B1 > 0)
-    out = _with_kl(masked_sum(loss_BC, inputs.mask_BC), inputs.mask_BC.sum().float(), inputs, config)
-    out.metrics["clip_ratio/low"] = masked_sum(low_BC.float(), inputs.mask_BC)
-    out.metrics["clip_ratio/high"] = masked_sum(high_BC.float(), inputs.mask_BC)
-    out.metrics["ratio"] = masked_sum(ratio_BC.detach(), inputs.mask_BC)
+    by_token = config.level == "token"
+    if by_token:
+        ratio, A = (inputs.logp_BC - inputs.old_logp_BC).exp(), inputs.advantage_B[:, None]
+        c, mask = _corrected(inputs), inputs.mask_BC
+    else:
+        ratio, A = _row_mean(inputs.logp_BC - inputs.old_logp_BC, inputs).exp(), inputs.advantage_B
+        c, mask = _corrected(inputs)[:, 0], inputs.mask_BC.any(1)
+    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+    loss = -c * torch.minimum(ratio * A, clipped * A)
+    out = _by_token(loss, inputs, config) if by_token else _by_row(loss, inputs, config)
+    low, high = (ratio < 1 - config.epsilon_low) & (A < 0), (ratio > 1 + config.epsilon_high) & (A > 0)
+    for name, value in (("clip_ratio/low", low), ("clip_ratio/high", high), ("ratio", ratio.detach())):
+        out.metrics[name] = torch.where(mask, value.float(), 0.0).sum()
+    out.samples["ratio"] = ratio.detach()[mask]
     return out
 
 
-def _with_kl(
-    loss_sum: Tensor, denominator: Tensor, inputs: LossInputs, config: ObjectiveConfig, per_row: bool = False
-) -> LossOutputs:
-    metrics: dict[str, Tensor] = {}
-    if inputs.ref_logp_BC is not None:
-        kl_BC = torch.where(inputs.mask_BC, k3(inputs.logp_BC, inputs.ref_logp_BC), 0.0)
-        kl_sum = (kl_BC.sum(1) / inputs.mask_BC.sum(1).clamp(min=1)).sum() if per_row else kl_BC.sum()
-        loss_sum = loss_sum + config.beta * kl_sum
-        metrics["kl"] = kl_sum.detach()
-    return LossOutputs(loss_sum, denominator, metrics)
+def _corrected(inputs: LossInputs) -> Tensor:
+    return inputs.correction_BC if inputs.correction_BC is not None else torch.ones_like(inputs.logp_BC)
 
 
+def _row_sum(value_BC: Tensor, inputs: LossInputs) -> Tensor:
+    """Sum over the tokens that count; a value elsewhere, infinite ones too, has no part."""
+    return torch.where(inputs.mask_BC, value_BC, 0.0).sum(1)
+
+
+def _length(inputs: LossInputs) -> Tensor:
+    return inputs.mask_BC.sum(1).clamp(min=1)
+
+
+def _row_mean(value_BC: Tensor, inputs: LossInputs) -> Tensor:
+    return _row_sum(value_BC, inputs) / _length(inputs)
+
+
+def _kl(inputs: LossInputs) -> Tensor:
+    """k3 to the reference, kl_B, summed over each row's tokens; where only rows mean something, of their mean token."""
+    assert inputs.ref_logp_BC is not None
+    if inputs.by_sequence:
+        mean_B, ref_B = (_row_mean(l_BC, inputs) for l_BC in (inputs.logp_BC, inputs.ref_logp_BC))
+        return k3(mean_B, ref_B) * _length(inputs)
+    return _row_sum(k3(inputs.logp_BC, inputs.ref_logp_BC), inputs)
+
+
+def _by_token(loss_BC: Tensor, inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """All tokens of the batch count alike."""
+    kl = _kl(inputs).sum() if inputs.ref_logp_BC is not None else None
+    return _outputs(_row_sum(loss_BC, inputs).sum(), inputs.mask_BC.sum().float(), kl, config)
+
+
+def _by_row(loss_B: Tensor, inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """All rows of the batch count alike."""
+    kl = (_kl(inputs) / _length(inputs)).sum() if inputs.ref_logp_BC is not None else None
+    return _outputs(loss_B.sum(), torch.tensor(float(len(loss_B)), device=loss_B.device), kl, config)
+
+
+def _outputs(loss_sum: Tensor, denominator: Tensor, kl: Tensor | None, config: ObjectiveConfig) -> LossOutputs:
+    if kl is None:
+        return LossOutputs(loss_sum, denominator)
+    return LossOutputs(loss_sum + config.beta * kl, denominator, {"kl": kl.detach()})
+
+
+_BEHAVIOUR = frozenset({"behaviour"})
 OBJECTIVES: dict[str, Objective] = {
     "likelihood": Objective(likelihood),
-    "reinforce": Objective(reinforce),
-    "grpo": Objective(grpo, frozenset({"old"})),
+    "weighted": Objective(weighted, _BEHAVIOUR),
+    "wd1": Objective(wd1, _BEHAVIOUR),
+    "reinforce": Objective(reinforce, _BEHAVIOUR),
+    "grpo": Objective(grpo, _BEHAVIOUR | {"old"}),
+    # -sum A_j bound_j |y_j| / sum |y_j|, with a bound for each sign of A (arXiv 2510.09541) that the estimator gives.
+    "spg": Objective(reinforce, _BEHAVIOUR, frozenset({"block_bounds"})),
 }

@@ -40,6 +40,10 @@ class Support:
             return self.logp_NK.gather(-1, token_N[:, None])[:, 0]
         return self.logp_NK.masked_fill(self.token_NK != token_N[:, None], float("-inf")).amax(-1)
 
+    def entropy(self) -> Tensor:
+        """Entropy of each row in nats."""
+        return torch.cat([torch.special.entr(self.logp_NK[rows].exp()).sum(-1) for rows in row_blocks(self.logp_NK)])
+
     def pick(self, u_N: Tensor) -> Tensor:
         """One candidate per row, slot_N: the one at quantile `u_N`, as `draw_uniform` makes them. Exact."""
         p_NK = self.logp_NK.exp()
@@ -47,6 +51,12 @@ class Support:
         # A candidate of probability 0 must not be hit where rounding makes the sum step back.
         hit_NK = (cdf_NK > u_N.to(cdf_NK.dtype)[:, None] * cdf_NK[:, -1:]) & (p_NK > 0)
         return hit_NK.byte().argmax(-1)
+
+    def steered(self, logits_NV: Tensor, temperature: float) -> "Support":
+        """`softmax(logits / temperature)` over the candidates of this one, and no others."""
+        kept_NK = logits_NV if self.token_NK is None else logits_NV.gather(-1, self.token_NK)
+        kept_NK = (kept_NK / temperature).masked_fill(self.logp_NK == float("-inf"), float("-inf"))
+        return Support(kept_NK.log_softmax(-1), self.token_NK)
 
     def renamed(self, token_NV: Tensor | None) -> "Support":
         """The same where column v of the logits stands for token `token_NV[n, v]`."""
@@ -117,3 +127,19 @@ def support_of(logits_NV: Tensor, temperature: float, top_k: int, top_p: float) 
             scaled_nV.masked_fill_(~nucleus(scaled_nV.softmax(-1), top_p), float("-inf"))
         torch.log_softmax(scaled_nV, -1, out=logp_NV[rows])
     return Support(logp_NV, None)
+
+
+def sampled_logp(logits_NV: Tensor, token_N: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Log-probability (nats) of one token per row under `support_of`, with gradient.
+
+    A token outside what is kept is taken in beside it, so that its log-probability is finite.
+    """
+    with torch.no_grad():
+        support = support_of(logits_NV.detach(), temperature, top_k, top_p)
+    token_N1 = token_N[:, None]
+    own_N1 = logits_NV.gather(-1, token_N1) / temperature
+    others_NK = logits_NV if support.token_NK is None else logits_NV.gather(-1, support.token_NK)
+    tokens = torch.arange(others_NK.shape[1], device=token_N.device) if support.token_NK is None else support.token_NK
+    cut_NK = (support.logp_NK == float("-inf")) | (tokens == token_N1)
+    others_NK = (others_NK / temperature).masked_fill(cut_NK, float("-inf"))
+    return own_N1[:, 0] - torch.cat([own_N1, others_NK], 1).logsumexp(-1)

@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 
 from rgrl.advantages import ADVANTAGES, zero_spread
 from rgrl.checkpoint import Progress, check_compatible, check_writable, find_checkpoint, load, load_adapter, save
-from rgrl.config import Config, ConfigError, to_dict
+from rgrl.config import Config, ConfigError, GuidanceConfig, to_dict
+from rgrl.corrections import correction, effective_sample_size, exact, log_ratio
 from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.evaluation import evaluate
@@ -29,9 +31,10 @@ from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
+from rgrl.sampling import sampled_logp
 from rgrl.seeds import generator, generators
 from rgrl.tracking import Tracker
-from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
+from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout, masked_mean
 
 MAX_SKIPPED = 10  # updates in a row with a gradient that is not finite, after which a run stops
 
@@ -99,6 +102,9 @@ def train(config: Config) -> tuple[Path, bool]:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    if config.objective.correction != "none" and config.guidance.kind != "none":
+        kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/corrections.py)"
+        accelerator.print(f"correcting for guidance: the ratio of a whole completion is {kind}")
     tracker = Tracker(config, progress.step, accelerator.is_main_process)
     with tqdm(  # closed also by an error, whose message then has a line of its own
         total=config.run.steps, initial=progress.step, disable=not accelerator.is_main_process, desc="rgrl", unit="step"
@@ -181,13 +187,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     device = accelerator.device
     # Nothing here reads the global generator, but a user's own reward or objective may.
     torch.manual_seed(generator(config.run.seed, 0, accelerator.process_index, "global").initial_seed())
-    for what, name, known, kind in (
-        ("objective", config.objective.name, OBJECTIVES, Objective),
-        ("estimator", config.objective.estimator, ESTIMATORS, Estimator),
-        ("advantage", config.objective.advantage, ADVANTAGES, Callable),
-    ):
-        if not isinstance(resolve(name, what, known), kind):
-            raise ConfigError(f"{what} {name!r} is not of the type {kind.__name__}")
+    check_objective(config)
     prompts = load_prompts(config.data.path, config.data)
     eval_prompts = None
     if config.data.eval_path is not None and config.run.eval_steps:
@@ -219,6 +219,32 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     return Parts(config, accelerator, policy, rewards, guide, judge, stream, eval_prompts, optimizer, schedule)
 
 
+def check_objective(config: Config) -> None:
+    """Refuse an objective, an estimator and an advantage that don't exist or don't go together."""
+    o, found = config.objective, {}
+    for what, name, known, kind in (
+        ("objective", o.name, OBJECTIVES, Objective),
+        ("estimator", o.estimator, ESTIMATORS, Estimator),
+        ("advantage", o.advantage, ADVANTAGES, Callable),
+    ):
+        found[what] = resolve(name, what, known)
+        if not isinstance(found[what], kind):
+            raise ConfigError(f"{what} {name!r} is not of the type {kind.__name__}")
+    objective, estimator = found["objective"], found["estimator"]
+    if objective.estimators and o.estimator not in objective.estimators:
+        raise ConfigError(
+            f"`objective.name: {o.name}` needs `objective.estimator: {' or '.join(sorted(objective.estimators))}`, "
+            f"not {o.estimator}"
+        )
+    if "old" in objective.needs and o.level == "token" and estimator.level == "sequence":
+        raise ConfigError(
+            f"`objective.estimator: {o.estimator}` estimates whole completions: `objective.name: {o.name}` needs "
+            "`objective.level: sequence` with it"
+        )
+    if o.correction != "none" and "behaviour" not in objective.needs:
+        raise ConfigError(f"`objective.name: {o.name}` takes no correction: set `objective.correction: none`")
+
+
 def rate_at(update: int, updates: int, warmup: int, schedule: str) -> float:
     """Learning rate of an update as a share of the peak: linear warm-up, then the schedule down to 0."""
     if update < warmup:
@@ -248,36 +274,62 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
     stats = DenoiseStats()
     with clock.phase("rollout"):
         prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
-        guidance = None
-        if config.guidance.kind != "none" and parts.guide is not None and parts.guide.embedding_VD is not None:
-            guidance = Guide(
-                parts.guide.guide_for(prompts), parts.guide.embedding_VD, config.guidance, config.reward.attend_eos
-            )
-        rollout = denoise(
-            policy.logits,
-            prompt_BL,
-            attention_BL,
-            policy.mask_id,
-            policy.is_end,
-            config.rollout,
-            RolloutNoise.draw(
-                generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
-                config.rollout.steps,
-                config.rollout.max_completion_length,
-                config.guidance.steps,
-            ),
-            guidance,
-            stats,
+        guidance = guidance_at(config, step)
+        noise = RolloutNoise.draw(
+            generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
+            config.rollout.steps,
+            config.rollout.max_completion_length,
+            guidance.steps,
         )
+        # The first of each group are guided, the others are the policy's own.
+        guided_B = torch.arange(len(prompts)) % G < (round(guidance.share * G) if guidance.kind != "none" else 0)
+        rollouts = []
+        for rows_A, guided in ((guided_B.nonzero()[:, 0], True), ((~guided_B).nonzero()[:, 0], False)):
+            if len(rows_A) == 0:
+                continue
+            rollouts.append(
+                denoise(
+                    policy.logits,
+                    prompt_BL[rows_A],
+                    attention_BL[rows_A],
+                    policy.mask_id,
+                    policy.is_end,
+                    config.rollout,
+                    noise.rows(rows_A),
+                    guide_of(parts, prompts.take(rows_A.tolist()), guidance) if guided else None,
+                    stats,
+                )
+            )
+        order_B = torch.cat([guided_B.nonzero()[:, 0], (~guided_B).nonzero()[:, 0]]).argsort()
+        rollout = take(join(rollouts), order_B.to(policy.device))
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
         reward_B, reward_parts = parts.rewards.score(prompts, completions)
         advantage = resolve(config.objective.advantage, "advantage", ADVANTAGES)
-        advantage_B = advantage(reward_B, G) if G > 1 else torch.zeros_like(reward_B)
+        advantage_B = advantage(reward_B, G, config.objective) if G > 1 else torch.zeros_like(reward_B)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
+    metrics["entropy"] = _mean(accelerator, stats.mean_entropy())
     if stats.changed:
-        metrics["guidance/changed"] = _mean(accelerator, torch.tensor([stats.changed_share()]))
+        metrics |= guidance_metrics(accelerator, config, rollout, stats)
+        metrics["guidance/eta"] = guidance.eta
     return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
+
+
+def guidance_at(config: Config, step: int) -> GuidanceConfig:
+    """The guidance of a training step: eta on its line from `eta` to `eta_final`; none where it has come to 0."""
+    g, last = config.guidance, max(1, config.run.steps - 1)
+    if g.eta_final is None:
+        return g
+    done = min(1.0, step / last)
+    eta = (1 - done) * g.eta + done * g.eta_final
+    return replace(g, eta=eta, kind=g.kind if eta > 0 else "none")
+
+
+def guide_of(parts: Parts, prompts: Prompts, guidance: GuidanceConfig) -> Guide | None:
+    """What steers completions of `prompts`; None where nothing does."""
+    if guidance.kind == "none" or parts.guide is None or parts.guide.embedding_VD is None:
+        return None
+    return Guide(parts.guide.guide_for(prompts), parts.guide.embedding_VD, guidance, parts.config.reward.attend_eos)
 
 
 def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clock: Clock) -> dict[str, float]:
@@ -291,42 +343,53 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
     micro = [slice(i, i + size) for i in range(0, B, size)]
     needs = objective.needs | ({"ref"} if config.objective.beta > 0 else set())
 
+    logp = policy.logp
+    if estimator.as_sampled:
+        r = config.rollout
+        score = partial(sampled_logp, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
+        logp = partial(policy.logp, score=score)
+
     def estimate(rows: slice) -> Tensor:
-        return estimator.estimate(policy.logp, take(rollout, rows), noise.rows(rows), policy.mask_id)
+        some, noise_some, advantage = take(rollout, rows), noise.rows(rows), scored.advantage_B[rows]
+        return estimator.estimate(logp, some, noise_some, policy.mask_id, config.objective, advantage)
 
     with clock.phase("update"):
         # LoRA dropout is the one reader of the global generator.
         torch.manual_seed(generator(config.run.seed, step, accelerator.process_index, "dropout").initial_seed())
         seeds = generators(config.run.seed, step, global_rows(accelerator, B), "noise")
         noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
+        correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
         old: list[Tensor | None] = [None] * len(micro)
         ref: list[Tensor | None] = [None] * len(micro)
-        with torch.no_grad():
-            if "old" in needs:
-                old = [estimate(rows) for rows in micro]
-            if "ref" in needs:
-                with policy.reference():
-                    ref = [estimate(rows) for rows in micro]
+        if "ref" in needs:
+            with torch.no_grad(), policy.reference():
+                ref = [estimate(rows) for rows in micro]
         metrics: dict[str, float] = {"update/skipped": 0.0}
-        for _ in range(config.objective.iterations):
+        for iteration in range(config.objective.iterations):
             sums: dict[str, Tensor] = {}
+            samples: dict[str, list[Tensor]] = {}
             policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
-            for rows, old_logp_BC, ref_logp_BC in zip(micro, old, ref, strict=True):
+            for m, rows in enumerate(micro):
+                new_BC = estimate(rows)
+                if "old" in needs and iteration == 0:  # nothing has moved yet, so these are the old ones
+                    old[m] = new_BC.detach()
                 out = objective.loss(
                     LossInputs(
-                        logp_BC=estimate(rows),
-                        mask_BC=rollout.completion_mask_BC[rows],
+                        logp_BC=new_BC,
+                        mask_BC=noise.count_BC[rows],
                         advantage_B=scored.advantage_B[rows],
-                        old_logp_BC=old_logp_BC,
-                        ref_logp_BC=ref_logp_BC,
-                        behaviour_logp_BC=rollout.behaviour_logp_BC[rows],
-                        policy_logp_BC=rollout.policy_logp_BC[rows],
+                        by_sequence=estimator.level == "sequence",
+                        old_logp_BC=old[m],
+                        ref_logp_BC=ref[m],
+                        correction_BC=correction_BC[rows] if correction_BC is not None else None,
                     ),
                     config.objective,
                 )
                 out.loss_sum.backward()
                 for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
                     sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value.detach()
+                for name, value in out.samples.items():
+                    samples.setdefault(name, []).append(value)
             policy.eval()
             totals = dict(zip(sums, _reduce(accelerator, torch.stack(list(sums.values()))), strict=True))
             count = totals.pop("n").clamp(min=1.0)
@@ -345,6 +408,41 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             parts.schedule.step()
             metrics |= {name: float(total / count) for name, total in totals.items()}
             metrics["grad_norm"] = float(norm)
+            metrics["grad_norm_clipped"] = min(float(norm), config.optim.max_grad_norm)
+            for name, values in samples.items():
+                metrics |= quantiles(accelerator, name, torch.cat(values))
+    return metrics
+
+
+def quantiles(accelerator: Accelerator, name: str, value_N: Tensor) -> dict[str, float]:
+    """`NAME/p05`, `NAME/p50` and `NAME/p95` over all ranks, each of which may have another number of values."""
+    everywhere_N = accelerator.gather(accelerator.pad_across_processes(value_N.float(), pad_index=float("nan")))
+    at_3 = everywhere_N.nanquantile(torch.tensor([0.05, 0.5, 0.95], device=everywhere_N.device))
+    return {f"{name}/{q}": float(value) for q, value in zip(("p05", "p50", "p95"), at_3, strict=True)}
+
+
+def guidance_metrics(
+    accelerator: Accelerator, config: Config, rollout: Rollout, stats: DenoiseStats
+) -> dict[str, float]:
+    """What guidance did to a rollout and what correcting for it would take, over all ranks."""
+    decided_BC = rollout.decided_BC
+    log_c_BC = log_ratio(rollout, "token")
+    inside_BC = decided_BC & log_c_BC.isfinite()
+    inside = max(1.0, _sum(accelerator, inside_BC.sum().float()))
+    c_B = accelerator.gather(log_ratio(rollout, "sequence").exp())
+    weight_B = accelerator.gather(masked_mean(correction(rollout, config.objective), decided_BC))
+    metrics = {
+        "guidance/changed": _mean(accelerator, stats.changed_share()),
+        "guidance/delta_logp": -_sum(accelerator, torch.where(inside_BC, log_c_BC, 0.0).sum()) / inside,
+        "guidance/outside_support": 1 - inside / _sum(accelerator, decided_BC.sum().float()),
+        "correction/mean": weight_B.mean().item(),
+        "correction/ess_full": effective_sample_size(c_B).item(),
+        "correction/ess": effective_sample_size(weight_B).item(),
+    }
+    metrics |= quantiles(accelerator, "correction/token", log_c_BC[decided_BC].exp())
+    metrics |= quantiles(accelerator, "correction/sequence_log", log_ratio(rollout, "sequence").clamp(min=-1e3))
+    for quarter, w in stats.weight_by_quarter().items():
+        metrics[f"guidance/entropy_weight/{quarter}"] = _mean(accelerator, w)
     return metrics
 
 
@@ -361,8 +459,12 @@ def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Paramete
         p.grad = piece.view_as(p)
 
 
-def take(rollout: Rollout, rows: slice) -> Rollout:
+def take(rollout: Rollout, rows: slice | Tensor) -> Rollout:
     return Rollout(**{name: value[rows] for name, value in vars(rollout).items()})
+
+
+def join(rollouts: list[Rollout]) -> Rollout:
+    return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in vars(rollouts[0])})
 
 
 def rollout_metrics(
@@ -376,9 +478,6 @@ def rollout_metrics(
     """What the glossary in tracking.py says of rewards, lengths and guidance, over all ranks."""
     mask_BC = rollout.completion_mask_BC
     length_B = mask_BC.sum(1).float()
-    inside_BC = mask_BC & rollout.policy_logp_BC.isfinite()
-    delta_BC = torch.where(inside_BC, rollout.behaviour_logp_BC - rollout.policy_logp_BC, 0.0)
-    entropy_BC = torch.where(inside_BC, -rollout.policy_logp_BC, 0.0)
     clipped_B = ~is_end(rollout.completion_BC).any(1)
     all_B = accelerator.gather(reward_B.to(accelerator.device))
     lengths_B = accelerator.gather(length_B)
@@ -390,9 +489,6 @@ def rollout_metrics(
         "completions/min_length": lengths_B.min().item(),
         "completions/max_length": lengths_B.max().item(),
         "completions/clipped_ratio": _mean(accelerator, clipped_B.float()),
-        "entropy": _sum(accelerator, entropy_BC.sum()) / max(1.0, _sum(accelerator, inside_BC.sum().float())),
-        "guidance/delta_logp": _sum(accelerator, delta_BC.sum()) / max(1.0, _sum(accelerator, inside_BC.sum().float())),
-        "guidance/outside_support": 1 - _sum(accelerator, inside_BC.sum().float()) / lengths_B.sum().item(),
     }
     for name, part_B in parts.items():
         everywhere_B = accelerator.gather(part_B.to(accelerator.device))
@@ -413,8 +509,17 @@ def completion_rows(scored: Scored) -> list[dict]:
 
 def run_eval(parts: Parts, tracker: Tracker, step: int, clock: Clock) -> dict[str, float]:
     assert parts.eval_prompts is not None
+    guidance = guidance_at(parts.config, step)
     with clock.phase("eval"):
-        result = evaluate(parts.config, parts.accelerator, parts.policy, parts.rewards, parts.judge, parts.eval_prompts)
+        result = evaluate(
+            parts.config,
+            parts.accelerator,
+            parts.policy,
+            parts.rewards,
+            parts.judge,
+            parts.eval_prompts,
+            partial(guide_of, parts, guidance=guidance) if guidance.kind != "none" else None,
+        )
         tracker.table(step, "eval", result.rows)
     return result.metrics
 

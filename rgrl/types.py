@@ -31,6 +31,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def take(self, index: list[int]) -> "Prompts":
+        """Those of the given numbers."""
+        return Prompts([self.texts[i] for i in index], [self.rows[i] for i in index])
+
     def repeat(self, times: int) -> "Prompts":
         """Each prompt `times` times in a row: the rows of one group stand together."""
         return Prompts([t for t in self.texts for _ in range(times)], [r for r in self.rows for _ in range(times)])
@@ -58,6 +62,15 @@ class Rollout:
     def completion_BC(self) -> Tensor:
         return self.canvas_BL[:, -self.completion_mask_BC.shape[1] :]
 
+    @property
+    def decided_BC(self) -> Tensor:
+        """Tokens (bool) written up to the step that settled the row's text: with it, all that the reward depends on.
+
+        Beside the text these are the tokens after its end that were written before and could be seen.
+        """
+        last_B1 = torch.where(self.completion_mask_BC, self.unmask_step_BC, -1).amax(1, keepdim=True)
+        return self.unmask_step_BC <= last_B1
+
 
 @dataclass
 class PrefixCache:
@@ -72,12 +85,18 @@ class PrefixCache:
 
 @dataclass(frozen=True)
 class NoiseDraw:
-    """Which tokens an estimator hides: drawn once as data, shared by the old, reference and new estimates."""
+    """K canvases and how much what is read there counts: drawn once as data, shared by old, reference and new."""
 
     hidden_KBL: Tensor  # bool, one slice per forward pass
+    weight_KBC: Tensor  # float32, weight of the token's log-probability on that canvas; 0: it isn't read
+    count_BC: Tensor  # bool, tokens that count
+
+    def __post_init__(self) -> None:
+        K, B, _ = self.hidden_KBL.shape
+        _expect(self.weight_KBC, (K, B, self.count_BC.shape[1]), "weight_KBC")
 
     def rows(self, index: slice) -> "NoiseDraw":
-        return NoiseDraw(self.hidden_KBL[:, index])
+        return NoiseDraw(self.hidden_KBL[:, index], self.weight_KBC[:, index], self.count_BC[index])
 
 
 @dataclass(frozen=True)
@@ -87,15 +106,15 @@ class LossInputs:
     logp_BC: Tensor  # float32 with gradient
     mask_BC: Tensor  # bool, tokens that count
     advantage_B: Tensor  # float32
+    by_sequence: bool = False  # only the rows' sums of log-probabilities mean something (`Estimator.level`)
     old_logp_BC: Tensor | None = None  # before the first update on this rollout
     ref_logp_BC: Tensor | None = None  # adapter off
-    behaviour_logp_BC: Tensor | None = None  # under the guided sampler
-    policy_logp_BC: Tensor | None = None  # under the policy, recorded by the sampler
+    correction_BC: Tensor | None = None  # float32, weights of `corrections.py`; a row's are equal at sequence level
 
     def __post_init__(self) -> None:
         shape = tuple(self.logp_BC.shape)
         _expect(self.advantage_B, shape[:1], "advantage_B")
-        for name in ("mask_BC", "old_logp_BC", "ref_logp_BC", "behaviour_logp_BC", "policy_logp_BC"):
+        for name in ("mask_BC", "old_logp_BC", "ref_logp_BC", "correction_BC"):
             _expect(getattr(self, name), shape, name)
 
 
@@ -106,12 +125,13 @@ class LossOutputs:
     loss_sum: Tensor  # scalar with gradient
     denominator: Tensor  # scalar
     metrics: dict[str, Tensor] = field(default_factory=dict)  # sums over what `denominator` counts
+    samples: dict[str, Tensor] = field(default_factory=dict)  # 1-D, whose quantiles are worth logging
 
     def __post_init__(self) -> None:
         _expect(self.loss_sum, (), "loss_sum")
         _expect(self.denominator, (), "denominator")
 
 
-def masked_sum(value_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """Sum where the mask holds; a value outside it, infinite ones too, has no part."""
-    return torch.where(mask_BC, value_BC, 0.0).sum()
+def masked_mean(value_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """Each row's mean where the mask holds, 0 if it holds nowhere; an infinite value outside it has no part."""
+    return torch.where(mask_BC, value_BC, 0.0).sum(1) / mask_BC.sum(1).clamp(min=1)

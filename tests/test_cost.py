@@ -11,7 +11,7 @@ from conftest import PROMPTS, write_reward
 from rgrl.config import GuidanceConfig, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
 from rgrl.denoise import RolloutNoise, denoise, write_schedule
 from rgrl.guidance import Guide, guide
-from rgrl.logprobs import draw_one_step, estimate_one_step
+from rgrl.logprobs import draw_one_step, weighted_sum
 from rgrl.models import add_lora, load_policy
 from rgrl.models.lora import adapter_parameters
 from rgrl.rewards import load_classifier
@@ -97,7 +97,9 @@ def test_the_update_projects_in_chunks_and_its_gradient_is_that_of_full_logits()
     weight_BC = torch.randn(B, C, generator=rng)
 
     def gradient(logp):
-        (weight_BC * estimate_one_step(logp, rollout, noise, policy.mask_id)).mean().backward()
+        (
+            weight_BC * weighted_sum(logp, rollout, noise, policy.mask_id, ObjectiveConfig(), torch.ones(B))
+        ).mean().backward()
         kept = {name: p.grad for name, p in parameters.items()}
         policy.zero_grad(set_to_none=True)
         return kept

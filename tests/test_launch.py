@@ -70,8 +70,8 @@ def test_gradient_checkpointing_changes_no_gradient(one_update, tmp_path):
     one_update["run"]["gradient_checkpointing"] = True
     again, told = update(load_config(write(one_update, tmp_path / "config.yaml")))
     assert_same(again, plain, 1e-6)
-    # Old, reference and two updates; the activations of the updates are made a second time.
-    assert (metrics["forwards"], told["forwards"]) == (4, 6)
+    # Reference and two updates, of which the first gives the old ones; the updates' activations are made a second time.
+    assert (metrics["forwards"], told["forwards"]) == (3, 5)
 
 
 def test_bfloat16_base_trains_a_float32_adapter(tiny, tmp_path):
@@ -139,8 +139,8 @@ def test_launched_pair_goes_on_after_one_rank_died(tiny, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     printed = finish(start(TRAIN, "--config", config, "--run.output_dir", whole, processes=2))
     assert printed.count("eval/reward") == 1, "only the main process reports"
-    # One call each for the evaluation at step 0 and the steps: the fifth is in step 4.
-    finish(start(TRAIN, "--config", config, "--run.output_dir", broken, processes=2, DIE_AT="1:5"), 1)
+    # Two calls for the evaluation at step 0 (guided too) and one for each step: the sixth is in step 4.
+    finish(start(TRAIN, "--config", config, "--run.output_dir", broken, processes=2, DIE_AT="1:6"), 1)
     assert saved(broken) == ["step_000002"]
     resumed = ["--config", config, "--run.output_dir", broken, "--run.resume_from_checkpoint", "latest"]
     refused = finish(start(TRAIN, *resumed), 2)

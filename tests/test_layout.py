@@ -17,6 +17,7 @@ LAYERS = [
         "data",
         "tracking",
         "guidance",
+        "corrections",
         "sampling",
         "denoise",
         "advantages",
@@ -28,7 +29,7 @@ LAYERS = [
     {"cli"},
 ]
 # Plain torch: models and rewards arrive as arguments.
-PURE = {"guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"}
+PURE = {"corrections", "guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"}
 MAY_ACCELERATE = {"checkpoint", "evaluation", "tracking", "trainer"}
 
 

@@ -44,8 +44,8 @@ def test_killed_in_step_7_and_resumed_is_the_uninterrupted_run(tiny, tmp_path, v
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
     undisturbed = start(TRAIN, "--config", config, "--run.output_dir", whole)
-    # One call a step, and one for each of the evaluations at steps 0 and 5: the ninth is in step 7.
-    killed = start(TRAIN, "--config", config, "--run.output_dir", broken, DIE_AT="0:9")
+    # One call a step, and two for each of the evaluations at steps 0 and 5 (guided too): the eleventh is in step 7.
+    killed = start(TRAIN, "--config", config, "--run.output_dir", broken, DIE_AT="0:11")
     finish(killed, -signal.SIGKILL)
     finish(undisturbed)
     assert [line["step"] for line in untimed(broken)] == list(range(7))

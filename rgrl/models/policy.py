@@ -1,6 +1,7 @@
 """The diffusion LM behind one contract: text in, logits for hidden tokens out. Callers never see a family."""
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rgrl.config import ConfigError, ModelConfig
 from rgrl.models.families import Family, find_family
 from rgrl.types import PrefixCache
 
+ScoreFn = Callable[[Tensor, Tensor], Tensor]  # logits_NV, token_N -> logp_N
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
@@ -156,8 +158,12 @@ class Policy(nn.Module):
 
     forward = logits
 
-    def logp(self, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> Tensor:
+    def logp(
+        self, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor, score: ScoreFn | None = None
+    ) -> Tensor:
         """Log-probability in nats, float32, of one token at each place of `at_BL` (bool, row-major), logp_N.
+
+        `score` turns logits and tokens into it, such as `sampled_logp` for a sampler's; None: the plain softmax.
 
         Only a chunk of the places is projected to the vocabulary at a time, and again for its gradient, so that
         memory does not grow with the number of places times V.
@@ -166,12 +172,13 @@ class Policy(nn.Module):
         places = max(1, (2**26 if states_NH.is_cuda else 2**21) // self.vocab_size)
         chunks = list(zip(states_NH.split(places), token_N.split(places), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._token_logp(*chunk) for chunk in chunks])
+            return torch.cat([self._token_logp(*chunk, score) for chunk in chunks])
         again = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(self._token_logp, *chunk, **again) for chunk in chunks])
+        return torch.cat([checkpoint(self._token_logp, *chunk, score, **again) for chunk in chunks])
 
-    def _token_logp(self, states_NH: Tensor, token_N: Tensor) -> Tensor:
-        return -F.cross_entropy(self.project(states_NH), token_N, reduction="none")
+    def _token_logp(self, states_NH: Tensor, token_N: Tensor, score: ScoreFn | None) -> Tensor:
+        logits_NV = self.project(states_NH)
+        return -F.cross_entropy(logits_NV, token_N, reduction="none") if score is None else score(logits_NV, token_N)
 
     def reference(self) -> AbstractContextManager:
         """Within it, the adapter is off: the frozen base model."""
