@@ -65,7 +65,7 @@ def guide(
     tokens. Each step is Adam with fresh state (b1 0.9, b2 0.999, eps 1e-8), rate `config.eta`. Tokens that the
     policy scores -inf stay impossible. `weight` gives w_N from logits; only `entrgi` asks it.
 
-    Beside the logits this holds one more tensor of their size, and Adam's two moments where M > 1. With
+    Beside the logits this holds a quarter of a tensor of their size, and Adam's two moments where M > 1. With
     `config.top_n` all of this is about the n most likely tokens of each position, as if there were no others.
     """
     config, table_VD, tau = guidance.config, guidance.embedding_VD, rollout.temperature
@@ -74,17 +74,24 @@ def guide(
     if 0 < config.top_n < V:
         phi_NV, token_NV = largest(logits_NV, config.top_n)
         table_NVD = table_VD[token_NV]
-    # The probabilities, and after the reward model was read the gradient; in the table's type, as they meet it.
-    scratch_NV = torch.empty_like(phi_NV, dtype=table_VD.dtype)
-    moments = [torch.zeros_like(phi_NV) for _ in range(2)] if config.steps > 1 else None
+    # The probabilities, and after the reward model was read the gradient, of some rows at a time (enough of them that
+    # reading the table for each piece costs nothing); in the table's type, as they meet it.
+    size = max(128, -(-len(phi_NV) // 4))
+    pieces = [slice(i, i + size) for i in range(0, len(phi_NV), size)]
+    scratch_nV = torch.empty_like(phi_NV[:size], dtype=table_VD.dtype)
+    soft_ND = table_VD.new_empty(len(phi_NV), D)
+    moments = [torch.zeros_like(phi_NV) for _ in range(2 if config.steps > 1 else 0)]
     known_BCD = table_VD[completion_BC.flatten().index_fill(0, hidden_N, 0)].view(*completion_BC.shape, D)
     first_w_N = None
     for m in range(config.steps):
         if m > 0:
             support = support_of(phi_NV, tau, rollout.top_k, rollout.top_p).renamed(token_NV)
-        for rows in row_blocks(phi_NV):
-            scratch_NV[rows] = (phi_NV[rows] / tau).softmax(-1)
-        soft_ND = scratch_NV @ table_VD if token_NV is None else torch.bmm(scratch_NV[:, None], table_NVD)[:, 0]
+        for piece in pieces:
+            phi_nV = phi_NV[piece]
+            p_nV = scratch_nV[: len(phi_nV)]
+            for rows in row_blocks(phi_nV):
+                p_nV[rows] = (phi_nV[rows] / tau).softmax(-1)
+            soft_ND[piece] = p_nV @ table_VD if token_NV is None else (p_nV[:, None] @ table_NVD[piece])[:, 0]
         blend_ND = soft_ND
         if config.kind != "expectation":
             hard_ND = table_VD[support.token(support.pick(u_MN[m]))]
@@ -103,24 +110,37 @@ def guide(
             reward_B = guidance.reward(response_BCD, shown_BC, rows_B)
             (g_ND,) = torch.autograd.grad(reward_B.sum(), blend_ND)
         g_ND = g_ND / tau
-        if token_NV is None:
-            torch.mm(g_ND, table_VD.T, out=scratch_NV)
-        else:
-            scratch_NV = torch.bmm(table_NVD, g_ND[..., None])[..., 0]
-        for rows in row_blocks(phi_NV):
-            # The gradient of the softmax; its probabilities once more, which is cheaper than keeping them.
-            p_nV = (phi_NV[rows] / tau).softmax(-1)
-            g_nV = scratch_NV[rows].to(p_nV.dtype).mul_(p_nV)
-            g_nV.sub_(p_nV.mul_(g_nV.sum(-1, keepdim=True)))
-            if moments is None:  # Adam's first step from fresh state in closed form
-                g_nV.div_(g_nV.abs().add_(1e-8))
+        for piece in pieces:
+            phi_nV = phi_NV[piece]
+            if token_NV is None:
+                torch.mm(g_ND[piece], table_VD.T, out=scratch_nV[: len(phi_nV)])
             else:
-                first_nV, second_nV = (moment_NV[rows] for moment_NV in moments)
-                first_nV.lerp_(g_nV, 0.1)
-                second_nV.mul_(0.999).addcmul_(g_nV, g_nV, value=0.001)
-                scale_nV = second_nV.div(1 - 0.999 ** (m + 1)).sqrt_().add_(1e-8)
-                g_nV = torch.div(first_nV, scale_nV.mul_(1 - 0.9 ** (m + 1)), out=scale_nV)
-            phi_NV[rows].add_(g_nV, alpha=config.eta)
+                scratch_nV[: len(phi_nV)] = (table_NVD[piece] @ g_ND[piece][..., None])[..., 0]
+            moments_nV = [moment_NV[piece] for moment_NV in moments]
+            for rows in row_blocks(phi_nV):
+                ascend(
+                    phi_nV[rows], scratch_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau
+                )
     if token_NV is not None:
         logits_NV.scatter_(1, token_NV, phi_NV)
     return first_w_N
+
+
+def ascend(phi_nV: Tensor, g_nV: Tensor, moments: list[Tensor], m: int, eta: float, tau: float) -> None:
+    """Adam step `m` (from 0) on some rows of the logits, in place. Uses up `g_nV`, the gradient of softmax(phi / tau).
+
+    `moments` are the first and the second one, or nothing where there is only one step.
+    """
+    # The gradient of the softmax; its probabilities once more, which is cheaper than keeping them.
+    p_nV = (phi_nV / tau).softmax(-1)
+    g_nV = g_nV.to(p_nV.dtype).mul_(p_nV)
+    g_nV.sub_(p_nV.mul_(g_nV.sum(-1, keepdim=True)))
+    if not moments:  # Adam's first step from fresh state in closed form
+        g_nV.div_(g_nV.abs().add_(1e-8))
+    else:
+        first_nV, second_nV = moments
+        first_nV.lerp_(g_nV, 0.1)
+        second_nV.mul_(0.999).addcmul_(g_nV, g_nV, value=0.001)
+        scale_nV = second_nV.div(1 - 0.999 ** (m + 1)).sqrt_().add_(1e-8)
+        g_nV = torch.div(first_nV, scale_nV.mul_(1 - 0.9 ** (m + 1)), out=scale_nV)
+    phi_nV.add_(g_nV, alpha=eta)
