@@ -1,6 +1,7 @@
 """Every setting of a run, with its unit, default and source. The strings below the fields are the manual.
 
-One YAML file plus dotted overrides (`--optim.learning_rate 1e-4`) make a `Config`. A key that does not
+One YAML file plus dotted overrides (`--optim.learning_rate 1e-4`) make a `Config`. A file may begin from another one
+(`extends: rgrl.yaml`, beside it) and say only what differs. A key that does not
 exist, a value of the wrong type or a setting that cannot work raises `ConfigError`, whose message is one
 line: what is wrong and what would be right.
 """
@@ -271,15 +272,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `ConfigError`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not a {type(tree).__name__}")
+    tree = _read(Path(path))
     for key, value in _parse_overrides(overrides or []):
         *parents, last = key.split(".")
         node = tree
@@ -291,6 +284,31 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     config = _build(Config, tree, "")
     check(config)
     return config
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, laid over those of the file that its key `extends` names."""
+    if not path.is_file():
+        by = f" (which {below[-1]} extends)" if below else ""
+        raise ConfigError(f"--config {path}{by}: no such file")
+    if path.resolve() in below:
+        raise ConfigError(f"{path} extends itself, by way of {' and '.join(map(str, below))}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not a {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    return tree if parent is None else _overlay(_read(path.parent / str(parent), (*below, path.resolve())), tree)
+
+
+def _overlay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with `changes`, section by section."""
+    return tree | {
+        key: _overlay(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        for key, value in changes.items()
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
