@@ -45,6 +45,7 @@ def changed(*words: str) -> tuple[str, list[str]]:
     return "rgrl", [*PLAIN, *words]
 
 
+FOUR = ["--objective.name", "grpo", "--objective.iterations", "4"]
 ABLATION = {
     "plain": changed(),
     "unguided": changed("--guidance.kind", "none"),
@@ -56,9 +57,12 @@ ABLATION = {
     "coupled": changed("--objective.estimator", "coupled", "--objective.draws", "1"),
     "trajectory, 4 steps": changed("--objective.estimator", "trajectory_sampled", "--objective.draws", "4"),
     "grpo, 2 updates": changed("--objective.name", "grpo", "--objective.iterations", "2"),
-    "grpo, 4 updates": changed("--objective.name", "grpo", "--objective.iterations", "4"),
+    "grpo, 4 updates": changed(*FOUR),
     "blocks of 10": changed("--rollout.block_length", "10"),
-    "double rate": changed("--optim.learning_rate", "8e-4"),
+    "unguided, 4 updates": changed(*FOUR, "--guidance.kind", "none"),
+    "half guided, 4 updates": changed(*FOUR, "--guidance.share", "0.5"),
+    "half guided, 4 updates, mask": changed(*FOUR, "--guidance.share", "0.5", "--objective.correction", "mask"),
+    "half guided, 4 updates, blocks": changed(*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"),
 }
 SETS = {"main": MAIN, "ablation": ABLATION}
 EVALS = 6  # evaluations of a run beside the first

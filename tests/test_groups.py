@@ -1,0 +1,105 @@
+"""Groups of guided and unguided completions, guidance that fades, and the numbers that tell what it did."""
+
+import dataclasses
+
+import pytest
+import torch
+from accelerate import Accelerator
+from processes import untimed, write
+
+from rgrl.config import GuidanceConfig, load_config
+from rgrl.trainer import Clock, guidance_at, quantiles, roll_out, set_up, train
+
+
+@pytest.fixture
+def parts(tiny, tmp_path):
+    tiny["rollout"] |= {"num_generations": 4}
+    return set_up(load_config(write(tiny, tmp_path / "config.yaml")), Accelerator())
+
+
+def rolled(parts, **guidance):
+    config = dataclasses.replace(parts.config, guidance=GuidanceConfig(kind="entrgi", **guidance))
+    prompts = parts.stream.prompts.take([0, 1]).repeat(4)
+    return roll_out(dataclasses.replace(parts, config=config), prompts, 3, "rollout", Clock())
+
+
+def test_a_share_of_each_group_is_guided_and_the_rest_is_the_policys_own(parts):
+    guided, own, mixed = rolled(parts).rollout, rolled(parts, share=0.0).rollout, rolled(parts, share=0.5).rollout
+    assert not torch.equal(guided.behaviour_logp_BC, own.behaviour_logp_BC)
+    for b in range(8):
+        expected = guided if b % 4 < 2 else own
+        for name, value in vars(mixed).items():
+            torch.testing.assert_close(value[b], vars(expected)[name][b], msg=f"{name} of row {b}")
+    assert torch.equal(own.behaviour_logp_BC, own.policy_logp_BC)
+
+
+def test_texts_and_rewards_of_a_mixed_group_stay_with_their_rows(parts):
+    scored = rolled(parts, share=0.25)
+    assert scored.completions == parts.policy.decode(scored.rollout.completion_BC)
+    again_B, _ = parts.rewards.score(scored.prompts, scored.completions)
+    torch.testing.assert_close(scored.reward_B, again_B)
+
+
+def test_guidance_fades_on_a_line_and_is_off_at_its_end(tiny, tmp_path):
+    tiny["guidance"] |= {"eta": 0.8, "eta_final": 0.0}
+    tiny["run"] |= {"steps": 5, "eval_steps": 5}
+    config = load_config(write(tiny, tmp_path / "config.yaml"))
+    assert [guidance_at(config, step).eta for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert [guidance_at(config, step).kind for step in range(5)] == ["entrgi"] * 4 + ["none"]
+    assert guidance_at(config, 9).kind == "none"
+    config.guidance.eta_final = None
+    assert guidance_at(config, 4).eta == 0.8
+    config.guidance.eta_final = 0.0
+    output, _ = train(config)
+    lines = untimed(output)[1:]
+    assert [line.get("guidance/eta") for line in lines] == pytest.approx([0.8, 0.6, 0.4, 0.2, None])
+    assert "guidance/changed" in lines[0] and "guidance/changed" not in lines[4]
+
+
+def test_within_the_policys_own_support_nothing_is_out_of_its_reach(parts):
+    free, held = rolled(parts, eta=3.0), rolled(parts, eta=3.0, support="policy")
+    assert free.metrics["guidance/outside_support"] > 0 == held.metrics["guidance/outside_support"]
+    assert held.rollout.policy_logp_BC.isfinite().all() and held.metrics["guidance/delta_logp"] > 0.01
+
+
+def test_the_correction_is_told_and_reaches_the_update(tiny, tmp_path):
+    adapters = []
+    tiny["guidance"] |= {"support": "policy", "eta": 0.1}  # otherwise a few tokens make every ratio 0
+    for kind in ("none", "truncate"):
+        tiny["objective"] |= {"correction": kind, "correction_level": "sequence", "correction_max": 1.5}
+        tiny["run"] |= {"output_dir": str(tmp_path / kind), "eval_steps": 0}
+        output, _ = train(load_config(write(tiny, tmp_path / "config.yaml")))
+        line = untimed(output)[0]
+        assert line["correction/ess"] == 1 if kind == "none" else 0 < line["correction/ess"] < 1
+        assert line["correction/mean"] == 1 if kind == "none" else 0 <= line["correction/mean"] <= 1.5
+        assert line["correction/token/p05"] <= line["correction/token/p50"] <= line["correction/token/p95"]
+        adapters.append((output / "checkpoints/step_000002/adapter/adapter_model.safetensors").read_bytes())
+    assert adapters[0] != adapters[1]
+
+
+def test_what_guidance_is_worth_is_measured_on_a_probe(tiny, tmp_path):
+    tiny["guidance"] |= {"steps": 3, "eta": 1.0, "probe_prompts": 3}
+    output, _ = train(load_config(write(tiny, tmp_path / "config.yaml")))
+    line = untimed(output)[0]
+    assert line["guidance/reward_before"] != line["guidance/reward_after"]
+    tiny["guidance"] = {"kind": "none"}
+    tiny["run"]["output_dir"] = str(tmp_path / "unguided")
+    output, _ = train(load_config(write(tiny, tmp_path / "config.yaml")))
+    unguided = untimed(output)[0]
+    assert not [key for key in unguided if key.startswith(("guidance/", "correction/"))]
+    assert all(line[key] == value for key, value in unguided.items()), "the probe changes nothing else"
+
+
+@pytest.mark.parametrize("estimator", ["elbo", "coupled", "quadrature", "sequence_elbo", "trajectory", "block_bounds"])
+def test_every_estimator_trains(tiny, tmp_path, estimator):
+    tiny["objective"] |= {"name": "spg" if estimator == "block_bounds" else "reinforce", "estimator": estimator}
+    tiny["run"]["eval_steps"] = 0
+    output, _ = train(load_config(write(tiny, tmp_path / "config.yaml")))
+    lines = untimed(output)
+    assert lines[0]["kl"] == 0 and lines[1]["kl"] > 0
+    assert all(line["grad_norm"] > 1e-3 and line["update/skipped"] == 0 for line in lines)
+
+
+def test_quantiles_by_hand():
+    told = quantiles(Accelerator(), "x", torch.arange(101.0))
+    assert told == pytest.approx({"x/p05": 5, "x/p50": 50, "x/p95": 95})
