@@ -27,15 +27,22 @@ def test_every_rgrl_command_of_the_readme_runs_in_the_order_given(tmp_path):
     """Shortened to one step, and writing elsewhere; the settings under test stay as they are."""
     env = {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     assert len(COMMANDS) >= 5
+    short = {
+        "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
+        "recipes/reviews/price.py": ["--only", "exact", "unguided", "--seeds", "1", "--rounds", "1"],
+        "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1 --out".split(),
+    }
     for command in COMMANDS:
         words = command.split()
-        if words[1] == "recipes/bench.py":
-            words += ["--shape", "tiny", "--rounds", "1"]
-        elif "--run.output_dir" not in words:
-            words += ["--run.output_dir", str(tmp_path / "run")]
+        if words[1] == "recipes/reviews/compare.py":
+            words += [*short[words[1]], str(tmp_path / "compare")]
+        elif words[1] in short:
+            words += short[words[1]]
         else:
-            words[words.index("--run.output_dir") + 1] = str(tmp_path / "other")
-        if words[1] != "recipes/bench.py":
+            if "--run.output_dir" not in words:
+                words += ["--run.output_dir", str(tmp_path / "run")]
+            else:
+                words[words.index("--run.output_dir") + 1] = str(tmp_path / "other")
             words += ["--run.steps", "1", "--data.eval_prompts", "8"]
         done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"

@@ -65,7 +65,6 @@ ABLATION = {
     "half guided, 4 updates, blocks": changed(*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"),
 }
 SETS = {"main": MAIN, "ablation": ABLATION}
-EVALS = 6  # evaluations of a run beside the first
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
@@ -96,13 +95,13 @@ def seconds_per_step(variants: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def run(variants: dict, name: str, seed: int, steps: int, folder: Path) -> None:
+def run(variants: dict, name: str, seed: int, steps: int, evals: int, folder: Path) -> None:
     """Train one variant with one seed, on one thread."""
     lines = read_metrics(folder / "metrics.jsonl")
     if lines and lines[-1]["step"] == steps:
         return
     path, *overrides = words_of(variants, name)
-    every = str(max(1, steps // EVALS))
+    every = str(max(1, steps // evals))
     words = [sys.executable, str(HERE.parent / "train.py"), "--config", path, *overrides, "--run.seed", str(seed)]
     words += [
         "--run.steps",
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants of the set instead of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=90, help="diffu-GRPO steps whose time each run gets")
+    parser.add_argument("--evals", type=int, default=6, help="evaluations of a run beside the first")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
     args = parser.parse_args()
@@ -156,10 +156,10 @@ def main() -> None:
         # As ratios to the reference, which takes part each time: the machine may be faster another day.
         seconds |= {name: s / measured[REFERENCE] for name, s in measured.items()}
         timing.write_text(json.dumps(seconds, indent=2))
-    steps = {name: max(EVALS, round(args.budget / seconds[name])) for name in chosen}
+    steps = {name: max(args.evals, round(args.budget / seconds[name])) for name in chosen}
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [
-            pool.submit(run, chosen, name, seed, steps[name], args.out / name.replace(" ", "_") / str(seed))
+            pool.submit(run, chosen, name, seed, steps[name], args.evals, args.out / name.replace(" ", "_") / str(seed))
             for seed in args.seeds
             for name in chosen
         ]
