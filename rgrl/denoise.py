@@ -30,6 +30,9 @@ class RolloutNoise:
         draws = [[draw_uniform(shape, g) for shape in ((T, C), (T, C), (T, M, C))] for g in generators]
         return RolloutNoise(*(torch.stack(parts) for parts in zip(*draws, strict=True)))
 
+    def rows(self, rows_A: Tensor) -> "RolloutNoise":
+        return RolloutNoise(*(noise[rows_A] for noise in vars(self).values()))
+
     def to(self, device: torch.device) -> "RolloutNoise":
         return RolloutNoise(*(noise.to(device) for noise in vars(self).values()))
 

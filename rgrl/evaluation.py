@@ -44,7 +44,7 @@ def evaluate(
     index = list(range(rank, len(prompts), ranks))
     rows: list[dict[str, Any]] = []
     nll = torch.zeros(2, device=policy.device, dtype=torch.float64)
-    size = max(8, config.run.prompts_per_device * config.rollout.num_generations)
+    size = settings.micro_batch or max(8, config.run.prompts_per_device * config.rollout.num_generations)
     for start in range(0, len(index), size):
         chosen = index[start : start + size]
         mine = Prompts([prompts.texts[i] for i in chosen], [prompts.rows[i] for i in chosen])

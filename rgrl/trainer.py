@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -116,7 +117,7 @@ def train(config: Config) -> tuple[Path, bool]:
             progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
             metrics["num_tokens"] = progress.num_tokens
             if due(progress.step, config.tracking.completions_steps, config.run.steps):
-                tracker.table(progress.step, "train", completion_rows(scored))
+                tracker.table(progress.step, "train", gather_object(completion_rows(scored)))
             if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
                 metrics |= run_eval(parts, tracker, progress.step, clock)
             metrics["step_time"] = time.perf_counter() - started
@@ -167,6 +168,8 @@ def evaluate_checkpoint(config: Config) -> tuple[dict[str, float], bool]:
 def sample(config: Config) -> Iterator[dict]:
     """Completions of the eval prompts with their rewards, guided as the config says, best of each group first."""
     parts, prompts = _open_checkpoint(config)
+    if parts.accelerator.num_processes > 1:
+        raise ConfigError(f"sampling runs in one process, and {parts.accelerator.num_processes} were started")
     P, G = config.run.prompts_per_device, config.rollout.num_generations
     for i in range(0, len(prompts), P):
         group = Prompts(prompts.texts[i : i + P], prompts.rows[i : i + P]).repeat(G)
@@ -248,27 +251,28 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
     stats = DenoiseStats()
     with clock.phase("rollout"):
         prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
-        guidance = None
-        if config.guidance.kind != "none" and parts.guide is not None and parts.guide.embedding_VD is not None:
-            guidance = Guide(
-                parts.guide.guide_for(prompts), parts.guide.embedding_VD, config.guidance, config.reward.attend_eos
-            )
-        rollout = denoise(
-            policy.logits,
-            prompt_BL,
-            attention_BL,
-            policy.mask_id,
-            policy.is_end,
-            config.rollout,
-            RolloutNoise.draw(
-                generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
-                config.rollout.steps,
-                config.rollout.max_completion_length,
-                config.guidance.steps,
-            ),
-            guidance,
-            stats,
+        noise = RolloutNoise.draw(
+            generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
+            config.rollout.steps,
+            config.rollout.max_completion_length,
+            config.guidance.steps,
         )
+        rollouts = []
+        for rows_A in torch.arange(len(prompts)).split(config.rollout.micro_batch or len(prompts)):
+            rollouts.append(
+                denoise(
+                    policy.logits,
+                    prompt_BL[rows_A],
+                    attention_BL[rows_A],
+                    policy.mask_id,
+                    policy.is_end,
+                    config.rollout,
+                    noise.rows(rows_A),
+                    guide_of(parts, prompts.take(rows_A.tolist())),
+                    stats,
+                )
+            )
+        rollout = join(rollouts)
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
         reward_B, reward_parts = parts.rewards.score(prompts, completions)
@@ -276,8 +280,16 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
         advantage_B = advantage(reward_B, G) if G > 1 else torch.zeros_like(reward_B)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
     if stats.changed:
-        metrics["guidance/changed"] = _mean(accelerator, torch.tensor([stats.changed_share()]))
+        metrics["guidance/changed"] = _share(accelerator, stats.changed, stats.committed)
     return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
+
+
+def guide_of(parts: Parts, prompts: Prompts) -> Guide | None:
+    """What steers completions of `prompts`; None where nothing does."""
+    config = parts.config
+    if config.guidance.kind == "none" or parts.guide is None or parts.guide.embedding_VD is None:
+        return None
+    return Guide(parts.guide.guide_for(prompts), parts.guide.embedding_VD, config.guidance, config.reward.attend_eos)
 
 
 def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clock: Clock) -> dict[str, float]:
@@ -365,6 +377,10 @@ def take(rollout: Rollout, rows: slice) -> Rollout:
     return Rollout(**{name: value[rows] for name, value in vars(rollout).items()})
 
 
+def join(rollouts: list[Rollout]) -> Rollout:
+    return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in vars(rollouts[0])})
+
+
 def rollout_metrics(
     accelerator: Accelerator,
     rollout: Rollout,
@@ -429,3 +445,8 @@ def _sum(accelerator: Accelerator, value: Tensor) -> float:
 
 def _mean(accelerator: Accelerator, value_B: Tensor) -> float:
     return _sum(accelerator, value_B.mean()) / accelerator.num_processes
+
+
+def _share(accelerator: Accelerator, part: list[Tensor], whole: list[Tensor]) -> float:
+    """The sum of the one over all ranks divided by that of the other."""
+    return _sum(accelerator, torch.stack(part).sum()) / max(1.0, _sum(accelerator, torch.stack(whole).sum()))

@@ -31,6 +31,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def take(self, index: list[int]) -> "Prompts":
+        """Those of the given numbers."""
+        return Prompts([self.texts[i] for i in index], [self.rows[i] for i in index])
+
     def repeat(self, times: int) -> "Prompts":
         """Each prompt `times` times in a row: the rows of one group stand together."""
         return Prompts([t for t in self.texts for _ in range(times)], [r for r in self.rows for _ in range(times)])
