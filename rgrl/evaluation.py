@@ -45,32 +45,33 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     nll = torch.zeros(2, device=policy.device, dtype=torch.float64)
     size = settings.micro_batch or max(8, config.run.prompts_per_device * config.rollout.num_generations)
-    for start in range(0, len(index), size):
-        chosen = index[start : start + size]
-        mine = Prompts([prompts.texts[i] for i in chosen], [prompts.rows[i] for i in chosen])
-        prompt_BL, attention_BL = policy.encode_prompts(mine.texts, config.data.max_prompt_length)
-        rollout = denoise(
-            policy.logits,
-            prompt_BL,
-            attention_BL,
-            policy.mask_id,
-            policy.is_end,
-            settings,
-            RolloutNoise.draw(
-                generators(config.run.seed, 0, chosen, "eval"), settings.steps, settings.max_completion_length, 0
-            ),
-        )
-        completions = policy.decode(rollout.completion_BC)
-        total_B, _ = rewards.score(mine, completions)
-        judged = judge.score(mine, completions).tolist() if judge is not None else [None] * len(mine)
-        with policy.reference():
-            noise = generators(config.run.seed, 0, chosen, "base_nll")
-            nll += torch.stack(masked_nll(policy.logp, rollout, noise, policy.mask_id)).double()
-        lengths = rollout.completion_mask_BC.sum(1).tolist()
-        for i, prompt, text, r, j, n in zip(
-            chosen, mine.texts, completions, total_B.tolist(), judged, lengths, strict=True
-        ):
-            rows.append({"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n})
+    with policy.in_step():
+        for start in range(0, len(index), size):
+            chosen = index[start : start + size]
+            mine = Prompts([prompts.texts[i] for i in chosen], [prompts.rows[i] for i in chosen])
+            prompt_BL, attention_BL = policy.encode_prompts(mine.texts, config.data.max_prompt_length)
+            rollout = denoise(
+                policy.logits,
+                prompt_BL,
+                attention_BL,
+                policy.mask_id,
+                policy.is_end,
+                settings,
+                RolloutNoise.draw(
+                    generators(config.run.seed, 0, chosen, "eval"), settings.steps, settings.max_completion_length, 0
+                ),
+            )
+            completions = policy.decode(rollout.completion_BC)
+            total_B, _ = rewards.score(mine, completions)
+            judged = judge.score(mine, completions).tolist() if judge is not None else [None] * len(mine)
+            with policy.reference():
+                noise = generators(config.run.seed, 0, chosen, "base_nll")
+                nll += torch.stack(masked_nll(policy.logp, rollout, noise, policy.mask_id)).double()
+            lengths = rollout.completion_mask_BC.sum(1).tolist()
+            for i, prompt, text, r, j, n in zip(
+                chosen, mine.texts, completions, total_B.tolist(), judged, lengths, strict=True
+            ):
+                rows.append({"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n})
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
     total_nll, count = accelerator.reduce(nll, "sum").tolist()
     metrics = {

@@ -1,7 +1,7 @@
 """One RGRL step, readable top to bottom: `rollout_step`, then `update_step`; `train` repeats them.
 
-Every process holds the whole frozen model and the same adapter, rolls out its own prompts, and exchanges
-nothing but adapter gradients and a handful of sums.
+Every process holds the frozen model, whole or its part (FSDP2), and the same adapter, rolls out its own prompts, and
+exchanges nothing but adapter gradients, a handful of sums and, where it has parts, the weights it is about to read.
 """
 
 import os
@@ -25,6 +25,7 @@ from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.evaluation import evaluate
 from rgrl.guidance import Guide
+from rgrl.launch import check_launch, shard_size
 from rgrl.logprobs import ESTIMATORS, Estimator
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
@@ -87,8 +88,7 @@ def train(config: Config) -> tuple[Path, bool]:
 
     Raises `ConfigError` for bad input, before any long work starts.
     """
-    accelerator = Accelerator()
-    check_layout(accelerator)
+    accelerator = join_processes()
     check_writable(Path(config.run.output_dir))
     resume = find_checkpoint(config)
     if resume is not None:
@@ -134,19 +134,27 @@ def train(config: Config) -> tuple[Path, bool]:
     return output, accelerator.is_main_process
 
 
-def check_layout(accelerator: Accelerator) -> None:
-    """Refuse processes that do not know of each other: each would be a main process writing to the same folder."""
+def join_processes() -> Accelerator:
+    """This process joined with the others that were started with it, by gloo where there is no GPU.
+
+    Raises `ConfigError` for a launch that cannot work, such as processes that would not know of each other: each would
+    be a main process writing to the same folder.
+    """
+    check_launch(os.environ)
+    # Accelerate's launcher starts several CPU processes only as if they were for GPUs, and doesn't tell them.
+    accelerator = Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(
             f"{started} processes were started but Accelerate joined {accelerator.num_processes}: without GPUs, set "
             "ACCELERATE_USE_CPU=true"
         )
+    return accelerator
 
 
 def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:
     """The parts of a run with the adapter that `run.resume_from_checkpoint` names, and its eval prompts."""
-    accelerator = Accelerator()
+    accelerator = join_processes()
     folder = find_checkpoint(config) if config.run.resume_from_checkpoint else None
     if folder is not None:
         check_compatible(folder, config, None, ("lora",))  # another alpha would fit and be another policy
@@ -197,7 +205,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
         every = load_prompts(config.data.eval_path, config.data)
         n = config.data.eval_prompts
         eval_prompts = Prompts(every.texts[:n], every.rows[:n])
-    policy = load_policy(config.model, device)
+    size = shard_size(os.environ, accelerator.num_processes)
+    policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     texts = prompts.texts + (eval_prompts.texts if eval_prompts is not None else [])
     longest = policy.encode_prompts(texts, config.data.max_prompt_length)[0].shape[1]
     if longest + config.rollout.max_completion_length > policy.max_length:
@@ -210,6 +219,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
         guide.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
     add_lora(policy, config.lora, config.run.seed).eval()
+    if size > 1:
+        policy.shard(device, size)
     check_gradients(policy)
     if config.run.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -258,20 +269,21 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
             config.guidance.steps,
         )
         rollouts = []
-        for rows_A in torch.arange(len(prompts)).split(config.rollout.micro_batch or len(prompts)):
-            rollouts.append(
-                denoise(
-                    policy.logits,
-                    prompt_BL[rows_A],
-                    attention_BL[rows_A],
-                    policy.mask_id,
-                    policy.is_end,
-                    config.rollout,
-                    noise.rows(rows_A),
-                    guide_of(parts, prompts.take(rows_A.tolist())),
-                    stats,
+        with policy.in_step():
+            for rows_A in torch.arange(len(prompts)).split(config.rollout.micro_batch or len(prompts)):
+                rollouts.append(
+                    denoise(
+                        policy.logits,
+                        prompt_BL[rows_A],
+                        attention_BL[rows_A],
+                        policy.mask_id,
+                        policy.is_end,
+                        config.rollout,
+                        noise.rows(rows_A),
+                        guide_of(parts, prompts.take(rows_A.tolist())),
+                        stats,
+                    )
                 )
-            )
         rollout = join(rollouts)
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
@@ -313,7 +325,7 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
         noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
         old: list[Tensor | None] = [None] * len(micro)
         ref: list[Tensor | None] = [None] * len(micro)
-        with torch.no_grad():
+        with torch.no_grad(), policy.in_step():
             if "old" in needs:
                 old = [estimate(rows) for rows in micro]
             if "ref" in needs:
@@ -324,9 +336,11 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             sums: dict[str, Tensor] = {}
             policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
             for rows, old_logp_BC, ref_logp_BC in zip(micro, old, ref, strict=True):
+                with policy.in_step() as spare:
+                    logp_BC = estimate(rows)
                 out = objective.loss(
                     LossInputs(
-                        logp_BC=estimate(rows),
+                        logp_BC=logp_BC,
                         mask_BC=rollout.completion_mask_BC[rows],
                         advantage_B=scored.advantage_B[rows],
                         old_logp_BC=old_logp_BC,
@@ -336,7 +350,7 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                     ),
                     config.objective,
                 )
-                out.loss_sum.backward()
+                sum(spare, out.loss_sum).backward()
                 for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
                     sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value.detach()
             policy.eval()

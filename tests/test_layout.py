@@ -20,6 +20,7 @@ LAYERS = [
         "sampling",
         "denoise",
         "advantages",
+        "launch",
         "logprobs",
         "objectives",
     },
