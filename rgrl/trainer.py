@@ -31,7 +31,7 @@ from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
-from rgrl.seeds import generator, generators
+from rgrl.seeds import generator, generators, row_keys
 from rgrl.tracking import Tracker
 from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
 
@@ -319,8 +319,6 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
         return estimator.estimate(policy.logp, take(rollout, rows), noise.rows(rows), policy.mask_id)
 
     with clock.phase("update"):
-        # LoRA dropout is the one reader of the global generator.
-        torch.manual_seed(generator(config.run.seed, step, accelerator.process_index, "dropout").initial_seed())
         seeds = generators(config.run.seed, step, global_rows(accelerator, B), "noise")
         noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
         old: list[Tensor | None] = [None] * len(micro)
@@ -332,10 +330,12 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                 with policy.reference():
                     ref = [estimate(rows) for rows in micro]
         metrics: dict[str, float] = {"update/skipped": 0.0}
-        for _ in range(config.objective.iterations):
+        for iteration in range(config.objective.iterations):
             sums: dict[str, Tensor] = {}
+            key_B = row_keys(config.run.seed, step, global_rows(accelerator, B), f"dropout {iteration}")
             policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
             for rows, old_logp_BC, ref_logp_BC in zip(micro, old, ref, strict=True):
+                policy.row_keys.key_B = key_B[rows]
                 with policy.in_step() as spare:
                     logp_BC = estimate(rows)
                 out = objective.loss(

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.config import ConfigError, ModelConfig
+from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family, find_family
 from rgrl.models.shards import Lockstep, shard_layers
 from rgrl.types import PrefixCache
@@ -85,6 +86,7 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.peft_model: PeftModel | None = None
+        self.row_keys = RowKeys()
         self.lockstep: Lockstep | None = None
         self.tokenizer = tokenizer
         self.family = family
