@@ -204,6 +204,9 @@ class RunConfig:
     """Number of micro-batches into which a process splits its rows for the update; must divide them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    empty_cache: Literal["never", "step", "phase"] = "never"
+    """When memory that torch keeps for reuse is given back to the GPU: never, after each step, or also between
+    rollout and update, whose tensors have different shapes, so that what one leaves may be of no use to the other."""
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a checkpoint folder."""
 

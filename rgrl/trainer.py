@@ -112,7 +112,9 @@ def train(config: Config) -> tuple[Path, bool]:
         while progress.step < config.run.steps:
             step, started = progress.step, time.perf_counter()
             scored = rollout_step(parts, step, clock)
+            release(config, "phase")
             metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
+            release(config, "step")
             progress.step += 1
             progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
             metrics["num_tokens"] = progress.num_tokens
@@ -243,6 +245,12 @@ def rate_at(update: int, updates: int, warmup: int, schedule: str) -> float:
     if schedule == "cosine":
         return 0.5 * (1 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi))))
     return 1.0
+
+
+def release(config: Config, end_of: str) -> None:
+    """Give memory that torch keeps for reuse back to the GPU, if `run.empty_cache` says so at the end of this."""
+    if config.run.empty_cache in ("phase", end_of):
+        torch.cuda.empty_cache()
 
 
 def due(step: int, every: int, last: int) -> bool:
