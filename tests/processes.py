@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,21 @@ def die_at_call(prompts, completions, rows):
     if f"{os.environ.get('RANK', 0)}:{_calls}" == os.environ.get("DIE_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     return [0.1 * len(text) + float(torch.rand(())) for text in completions]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def leave_at_call(prompts, completions, rows):
+    """A reward that ends every process as one that was asked to stop would, at the call of the environment."""
+    global _calls
+    _calls += 1
+    if str(_calls) == os.environ.get("LEAVE_AT"):
+        os._exit(75)
+    return [0.1 * len(text) for text in completions]
 
 
 def start(

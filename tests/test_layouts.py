@@ -2,15 +2,21 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPO
 from launched_step import step
-from processes import TESTS, finish, start, write
+from processes import TESTS, finish, free_port, start, write
 from safetensors.torch import load_file
 
 from rgrl.config import load_config
+from rgrl.trainer import Clock, rollout_step, set_up
+
+sys.path.insert(0, str(REPO / "recipes"))
+import bench
 
 # Of what a step reports, what says how it was done and not what came out.
 HOW = ("ranks", "calls", "held", "cut", "completions")
@@ -91,6 +97,15 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
     assert (told["calls"] == whole[1]["calls"]) == (calls == 1)
 
 
+def test_micro_batches_bound_the_memory_of_a_rollout(reviews, tmp_path):
+    peaks = []
+    for micro_batch in (0, 2):
+        config = load_config(write(changed(reviews, rollout={"micro_batch": micro_batch}), tmp_path / "config.yaml"))
+        parts = set_up(config, Accelerator())
+        peaks.append(bench.peak_memory(lambda parts=parts: rollout_step(parts, 0, Clock()), torch.device("cpu")))
+    assert peaks[1] < 0.4 * peaks[0], "8 rows against 2 at a time"
+
+
 def launch(config: dict, folder, *launcher: str) -> list[tuple[dict, dict]]:
     finish(start(TESTS / "launched_step.py", write(config, folder / "config.yaml"), folder, launcher=launcher))
     ranks = [folder / f"rank_{rank}" for rank in range(len(list(folder.glob("rank_*.json"))))]
@@ -100,7 +115,7 @@ def launch(config: dict, folder, *launcher: str) -> list[tuple[dict, dict]]:
     ]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_make_the_step_of_one(reviews, whole, tmp_path, accumulation):
     config = changed(reviews, run={"prompts_per_device": 2, "gradient_accumulation_steps": accumulation})
     ranks = launch(config, tmp_path, "--config_file", str(REPO / "launch" / "cpu.yaml"))
@@ -118,7 +133,10 @@ def test_two_processes_make_the_step_of_one(reviews, whole, tmp_path, accumulati
 FSDP2 = ("--config_file", str(REPO / "launch" / "fsdp2.yaml"), "--num_processes", "2")
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow)],
+)
 def test_shared_weights_make_the_step_of_whole_ones(reviews, whole, tmp_path, settings):
     config = changed(reviews, run={"prompts_per_device": 2, **settings})
     ranks = launch(config, tmp_path, *FSDP2)
@@ -138,6 +156,7 @@ def test_processes_that_share_weights_may_read_the_policy_unequally_often(tiny, 
     assert idle["apart"] == idle["largest"] == 0 and busy["apart"] < 1e-6 < 1e-2 < busy["largest"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_fewer_prompts_than_processes_ends(tiny, tmp_path):
     tiny["data"]["eval_prompts"] = 1
     config = write(tiny, tmp_path / "config.yaml")
@@ -147,3 +166,34 @@ def test_an_evaluation_of_fewer_prompts_than_processes_ends(tiny, tmp_path):
         for launcher in ((), FSDP2)
     )
     assert shared == pytest.approx(whole, abs=1e-6) and "eval/judge" in whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "processes"), [("multi_node", 2), ("fsdp2", 4)])
+def test_two_machines_make_the_step_of_one(reviews, whole, tmp_path, config, processes):
+    """Two launchers that know of each other only through an address, as on two machines."""
+    settings = changed(reviews, run={"prompts_per_device": 4 // processes})
+    path, port = write(settings, tmp_path / "config.yaml"), free_port()
+    words = [
+        "--config_file",
+        str(REPO / "launch" / f"{config}.yaml"),
+        "--num_machines",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+    ]
+    words += ["--main_process_port", port, "--num_processes", str(processes)]
+    machines = [
+        start(TESTS / "launched_step.py", path, tmp_path, launcher=[*words, "--machine_rank", str(rank)])
+        for rank in range(2)
+    ]
+    for machine in machines:
+        finish(machine)
+    share = 8 // processes
+    for rank in range(processes):
+        left = load_file(tmp_path / f"rank_{rank}.safetensors")
+        told = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert_same_step(left, told, whole, slice(share * rank, share * (rank + 1)))
+        assert told["ranks"] == processes
+        if config == "fsdp2":
+            assert told["held"] * 2 == told["cut"] > 0, "machines exchange no weights: each holds all of them"
