@@ -122,6 +122,9 @@ class RolloutConfig:
     unmasking independent of the guidance."""
     position_temperature: float = 0.0
     """Temperature of Gumbel noise added to the confidence; 0 is none."""
+    micro_batch: int = 0
+    """Number of rows that a process denoises at a time, in rollouts and evaluation; 0: all of a rollout's. Fewer need
+    less memory and take longer; the rollouts are the same."""
     defer_eos: bool = False
     """Give a sampled end-of-text the lowest confidence, so that it is not committed early."""
     commit_above: float = 1.0
@@ -236,6 +239,9 @@ class RunConfig:
     """Number of micro-batches into which a process splits its rows for the update; must divide them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    empty_cache: Literal["never", "step", "phase"] = "never"
+    """When memory that torch keeps for reuse is given back to the GPU: never, after each step, or also between
+    rollout and update, whose tensors have different shapes, so that what one leaves may be of no use to the other."""
     resume_from_checkpoint: str | None = None
     """`latest`, or the path of a checkpoint folder."""
 
@@ -412,6 +418,7 @@ def check(c: Config) -> None:
         (0 < r.temperature < math.inf, f"`rollout.temperature` must be above 0 and finite, not {r.temperature}"),
         (0 < r.top_p <= 1, f"`rollout.top_p` must be in (0, 1], not {r.top_p}"),
         (r.top_k >= 0, f"`rollout.top_k` must be 0 (all) or more, not {r.top_k}"),
+        (r.micro_batch >= 0, f"`rollout.micro_batch` must be 0 (all rows) or more, not {r.micro_batch}"),
         (r.position_temperature >= 0, f"`rollout.position_temperature` must not be negative: {r.position_temperature}"),
         (0 < r.commit_above <= 1, f"`rollout.commit_above` must be in (0, 1], not {r.commit_above}"),
         (

@@ -41,26 +41,12 @@ class RolloutNoise:
 class DenoiseStats:
     """What a rollout saw, kept as tensors so that the loop never waits for the device."""
 
-    entropy: list[Tensor] = field(default_factory=list)  # sum over a step's committed tokens, nats
-    committed: list[Tensor] = field(default_factory=list)  # how many those are
+    entropy: list[Tensor] = field(default_factory=list)  # of the policy's own sampling, summed over committed tokens
+    committed: list[Tensor] = field(default_factory=list)  # how many those are, by step
     changed: list[Tensor] = field(default_factory=list)  # how many of them guidance gave another most likely token
     guided: list[Tensor] = field(default_factory=list)  # how many tokens the steps that were guided committed
-    weight: list[tuple[float, Tensor]] = field(default_factory=list)  # share of the steps done, mean entropy weight
-
-    def changed_share(self) -> Tensor:
-        """Share of the guided steps' committed tokens where guidance changed the most likely token."""
-        return torch.stack(self.changed).sum() / torch.stack(self.guided).sum().clamp(min=1)
-
-    def mean_entropy(self) -> Tensor:
-        """Mean entropy (nats) of the policy's own sampling distribution where tokens were committed."""
-        return torch.stack(self.entropy).sum() / torch.stack(self.committed).sum().clamp(min=1)
-
-    def weight_by_quarter(self) -> dict[str, Tensor]:
-        """Mean entropy weight w of the hidden positions in each quarter of the denoising steps, as `q1` ... `q4`."""
-        quarters: dict[str, list[Tensor]] = {}
-        for done, w in self.weight:
-            quarters.setdefault(f"q{1 + int(4 * done)}", []).append(w)
-        return {name: torch.stack(ws).mean() for name, ws in quarters.items()}
+    # By quarter of the denoising steps: the entropy weight w summed over hidden positions, and how many those are.
+    weight: dict[int, list[tuple[Tensor, int]]] = field(default_factory=lambda: {q: [] for q in (1, 2, 3, 4)})
 
 
 def commit_schedule(C: int, T: int) -> list[int]:
@@ -202,7 +188,7 @@ def denoise(
                 stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
                 stats.guided.append(chosen_N.sum())
             if w_N is not None:
-                stats.weight.append((t / config.steps, w_N.mean()))
+                stats.weight[1 + 4 * t // config.steps].append((w_N.sum(), len(w_N)))
     is_end_BC = is_end(completion_BC)
     # What a finished row left open comes after its end token, which fills it.
     first_end_B1 = completion_BC.gather(1, is_end_BC.byte().argmax(1, keepdim=True))

@@ -64,29 +64,31 @@ def evaluate(
         mask_id, is_end = policy.mask_id, policy.is_end
         return denoise(policy.logits, prompt_BL, attention_BL, mask_id, is_end, settings, noise, guidance)
 
-    size = max(8, config.run.prompts_per_device * config.rollout.num_generations)
-    for start in range(0, len(index), size):
-        chosen = index[start : start + size]
-        mine = prompts.take(chosen)
-        rollout = complete(chosen, mine, None)
-        completions = policy.decode(rollout.completion_BC)
-        total_B, _ = rewards.score(mine, completions)
-        judged = judge.score(mine, completions).tolist() if judge is not None else [None] * len(mine)
-        own, _ = masked_nll(policy.logp, rollout, generators(config.run.seed, 0, chosen, "base_nll"), policy.mask_id)
-        with policy.reference():
-            noise = generators(config.run.seed, 0, chosen, "base_nll")
-            nll += torch.stack([*masked_nll(policy.logp, rollout, noise, policy.mask_id), own]).double()
-        lengths = rollout.completion_mask_BC.sum(1).tolist()
-        for i, prompt, text, r, j, n in zip(
-            chosen, mine.texts, completions, total_B.tolist(), judged, lengths, strict=True
-        ):
-            rows.append({"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n})
-        probe = [i for i in chosen if i < config.guidance.probe_prompts]
-        if guide_for is not None and probe:
-            mine = prompts.take(probe)
-            steered = complete(probe, mine, guide_for(mine))
-            total_B, _ = rewards.score(mine, policy.decode(steered.completion_BC))
-            guided |= dict(zip(probe, total_B.tolist(), strict=True))
+    size = settings.micro_batch or max(8, config.run.prompts_per_device * config.rollout.num_generations)
+    with policy.in_step():
+        for start in range(0, len(index), size):
+            chosen = index[start : start + size]
+            mine = prompts.take(chosen)
+            rollout = complete(chosen, mine, None)
+            completions = policy.decode(rollout.completion_BC)
+            total_B, _ = rewards.score(mine, completions)
+            judged = judge.score(mine, completions).tolist() if judge is not None else [None] * len(mine)
+            seeds = generators(config.run.seed, 0, chosen, "base_nll")
+            own, _ = masked_nll(policy.logp, rollout, seeds, policy.mask_id)
+            with policy.reference():
+                seeds = generators(config.run.seed, 0, chosen, "base_nll")
+                nll += torch.stack([*masked_nll(policy.logp, rollout, seeds, policy.mask_id), own]).double()
+            lengths = rollout.completion_mask_BC.sum(1).tolist()
+            for i, prompt, text, r, j, n in zip(
+                chosen, mine.texts, completions, total_B.tolist(), judged, lengths, strict=True
+            ):
+                rows.append({"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n})
+            probe = [i for i in chosen if i < config.guidance.probe_prompts]
+            if guide_for is not None and probe:
+                mine = prompts.take(probe)
+                steered = complete(probe, mine, guide_for(mine))
+                total_B, _ = rewards.score(mine, policy.decode(steered.completion_BC))
+                guided |= dict(zip(probe, total_B.tolist(), strict=True))
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
     guided = dict(gather_object(list(guided.items())))
     total_nll, count, own_nll = accelerator.reduce(nll, "sum").tolist()

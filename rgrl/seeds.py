@@ -20,3 +20,9 @@ def generator(seed: int, step: int, row: int, purpose: str) -> torch.Generator:
 def generators(seed: int, step: int, rows: Iterable[int], purpose: str) -> list[torch.Generator]:
     """One `generator` for each of `rows`, which are numbered over all processes."""
     return [generator(seed, step, row, purpose) for row in rows]
+
+
+def row_keys(seed: int, step: int, rows: Iterable[int], purpose: str) -> torch.Tensor:
+    """One int32 for each of `rows`, for what draws its numbers from a key instead of a generator."""
+    seeds = [g.initial_seed() for g in generators(seed, step, rows, purpose)]
+    return torch.tensor([value % 2**31 for value in seeds], dtype=torch.int32)

@@ -1,7 +1,7 @@
 """One RGRL step, readable top to bottom: `rollout_step`, then `update_step`; `train` repeats them.
 
-Every process holds the whole frozen model and the same adapter, rolls out its own prompts, and exchanges
-nothing but adapter gradients and a handful of sums.
+Every process holds the frozen model, whole or its part (FSDP2), and the same adapter, rolls out its own prompts, and
+exchanges nothing but adapter gradients, a handful of sums and, where it has parts, the weights it is about to read.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,13 +27,14 @@ from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.evaluation import evaluate
 from rgrl.guidance import Guide
+from rgrl.launch import check_launch, shard_size
 from rgrl.logprobs import ESTIMATORS, Estimator
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
 from rgrl.sampling import sampled_logp
-from rgrl.seeds import generator, generators
+from rgrl.seeds import generator, generators, row_keys
 from rgrl.tracking import Tracker
 from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout, masked_mean
 
@@ -89,8 +91,7 @@ def train(config: Config) -> tuple[Path, bool]:
 
     Raises `ConfigError` for bad input, before any long work starts.
     """
-    accelerator = Accelerator()
-    check_layout(accelerator)
+    accelerator = join_processes()
     check_writable(Path(config.run.output_dir))
     resume = find_checkpoint(config)
     if resume is not None:
@@ -117,12 +118,14 @@ def train(config: Config) -> tuple[Path, bool]:
         while progress.step < config.run.steps:
             step, started = progress.step, time.perf_counter()
             scored = rollout_step(parts, step, clock)
+            release(config, "phase")
             metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
+            release(config, "step")
             progress.step += 1
             progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
             metrics["num_tokens"] = progress.num_tokens
             if due(progress.step, config.tracking.completions_steps, config.run.steps):
-                tracker.table(progress.step, "train", completion_rows(scored))
+                tracker.table(progress.step, "train", gather_object(completion_rows(scored)))
             if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
                 metrics |= run_eval(parts, tracker, progress.step, clock)
             metrics["step_time"] = time.perf_counter() - started
@@ -139,19 +142,27 @@ def train(config: Config) -> tuple[Path, bool]:
     return output, accelerator.is_main_process
 
 
-def check_layout(accelerator: Accelerator) -> None:
-    """Refuse processes that do not know of each other: each would be a main process writing to the same folder."""
+def join_processes() -> Accelerator:
+    """This process joined with the others that were started with it, by gloo where there is no GPU.
+
+    Raises `ConfigError` for a launch that cannot work, such as processes that would not know of each other: each would
+    be a main process writing to the same folder.
+    """
+    check_launch(os.environ)
+    # Accelerate's launcher starts several CPU processes only as if they were for GPUs, and doesn't tell them.
+    accelerator = Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(
             f"{started} processes were started but Accelerate joined {accelerator.num_processes}: without GPUs, set "
             "ACCELERATE_USE_CPU=true"
         )
+    return accelerator
 
 
 def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:
     """The parts of a run with the adapter that `run.resume_from_checkpoint` names, and its eval prompts."""
-    accelerator = Accelerator()
+    accelerator = join_processes()
     folder = find_checkpoint(config) if config.run.resume_from_checkpoint else None
     if folder is not None:
         check_compatible(folder, config, None, ("lora",))  # another alpha would fit and be another policy
@@ -173,6 +184,8 @@ def evaluate_checkpoint(config: Config) -> tuple[dict[str, float], bool]:
 def sample(config: Config) -> Iterator[dict]:
     """Completions of the eval prompts with their rewards, guided as the config says, best of each group first."""
     parts, prompts = _open_checkpoint(config)
+    if parts.accelerator.num_processes > 1:
+        raise ConfigError(f"sampling runs in one process, and {parts.accelerator.num_processes} were started")
     P, G = config.run.prompts_per_device, config.rollout.num_generations
     for i in range(0, len(prompts), P):
         group = Prompts(prompts.texts[i : i + P], prompts.rows[i : i + P]).repeat(G)
@@ -194,7 +207,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
         every = load_prompts(config.data.eval_path, config.data)
         n = config.data.eval_prompts
         eval_prompts = Prompts(every.texts[:n], every.rows[:n])
-    policy = load_policy(config.model, device)
+    size = shard_size(os.environ, accelerator.num_processes)
+    policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     texts = prompts.texts + (eval_prompts.texts if eval_prompts is not None else [])
     longest = policy.encode_prompts(texts, config.data.max_prompt_length)[0].shape[1]
     if longest + config.rollout.max_completion_length > policy.max_length:
@@ -207,6 +221,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
         guide.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
     add_lora(policy, config.lora, config.run.seed).eval()
+    if size > 1:
+        policy.shard(device, size)
     check_gradients(policy)
     if config.run.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -257,6 +273,12 @@ def rate_at(update: int, updates: int, warmup: int, schedule: str) -> float:
     return 1.0
 
 
+def release(config: Config, end_of: str) -> None:
+    """Give memory that torch keeps for reuse back to the GPU, if `run.empty_cache` says so at the end of this."""
+    if config.run.empty_cache in ("phase", end_of):
+        torch.cuda.empty_cache()
+
+
 def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
@@ -283,24 +305,29 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
         )
         # The first of each group are guided, the others are the policy's own.
         guided_B = torch.arange(len(prompts)) % G < (round(guidance.share * G) if guidance.kind != "none" else 0)
+        batches = [
+            (rows_A, guided)
+            for part, guided in ((guided_B.nonzero()[:, 0], True), ((~guided_B).nonzero()[:, 0], False))
+            for rows_A in part.split(config.rollout.micro_batch or len(prompts))
+            if len(rows_A)
+        ]
         rollouts = []
-        for rows_A, guided in ((guided_B.nonzero()[:, 0], True), ((~guided_B).nonzero()[:, 0], False)):
-            if len(rows_A) == 0:
-                continue
-            rollouts.append(
-                denoise(
-                    policy.logits,
-                    prompt_BL[rows_A],
-                    attention_BL[rows_A],
-                    policy.mask_id,
-                    policy.is_end,
-                    config.rollout,
-                    noise.rows(rows_A),
-                    guide_of(parts, prompts.take(rows_A.tolist()), guidance) if guided else None,
-                    stats,
+        with policy.in_step():
+            for rows_A, guided in batches:
+                rollouts.append(
+                    denoise(
+                        policy.logits,
+                        prompt_BL[rows_A],
+                        attention_BL[rows_A],
+                        policy.mask_id,
+                        policy.is_end,
+                        config.rollout,
+                        noise.rows(rows_A),
+                        guide_of(parts, prompts.take(rows_A.tolist()), guidance) if guided else None,
+                        stats,
+                    )
                 )
-            )
-        order_B = torch.cat([guided_B.nonzero()[:, 0], (~guided_B).nonzero()[:, 0]]).argsort()
+        order_B = torch.cat([rows_A for rows_A, _ in batches]).argsort()
         rollout = take(join(rollouts), order_B.to(policy.device))
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
@@ -308,7 +335,7 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
         advantage = resolve(config.objective.advantage, "advantage", ADVANTAGES)
         advantage_B = advantage(reward_B, G, config.objective) if G > 1 else torch.zeros_like(reward_B)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
-    metrics["entropy"] = _mean(accelerator, stats.mean_entropy())
+    metrics["entropy"] = _share(accelerator, stats.entropy, stats.committed)
     if stats.changed:
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = guidance.eta
@@ -354,23 +381,24 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
         return estimator.estimate(logp, some, noise_some, policy.mask_id, config.objective, advantage)
 
     with clock.phase("update"):
-        # LoRA dropout is the one reader of the global generator.
-        torch.manual_seed(generator(config.run.seed, step, accelerator.process_index, "dropout").initial_seed())
         seeds = generators(config.run.seed, step, global_rows(accelerator, B), "noise")
         noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
         correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
         old: list[Tensor | None] = [None] * len(micro)
         ref: list[Tensor | None] = [None] * len(micro)
         if "ref" in needs:
-            with torch.no_grad(), policy.reference():
+            with torch.no_grad(), policy.in_step(), policy.reference():
                 ref = [estimate(rows) for rows in micro]
         metrics: dict[str, float] = {"update/skipped": 0.0}
         for iteration in range(config.objective.iterations):
             sums: dict[str, Tensor] = {}
             samples: dict[str, list[Tensor]] = {}
+            key_B = row_keys(config.run.seed, step, global_rows(accelerator, B), f"dropout {iteration}")
             policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
             for m, rows in enumerate(micro):
-                new_BC = estimate(rows)
+                policy.row_keys.key_B = key_B[rows]
+                with policy.in_step() as spare:
+                    new_BC = estimate(rows)
                 if "old" in needs and iteration == 0:  # nothing has moved yet, so these are the old ones
                     old[m] = new_BC.detach()
                 out = objective.loss(
@@ -385,7 +413,7 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                     ),
                     config.objective,
                 )
-                out.loss_sum.backward()
+                sum(spare, out.loss_sum).backward()
                 for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
                     sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value.detach()
                 for name, value in out.samples.items():
@@ -432,7 +460,7 @@ def guidance_metrics(
     c_B = accelerator.gather(log_ratio(rollout, "sequence").exp())
     weight_B = accelerator.gather(masked_mean(correction(rollout, config.objective), decided_BC))
     metrics = {
-        "guidance/changed": _mean(accelerator, stats.changed_share()),
+        "guidance/changed": _share(accelerator, stats.changed, stats.guided),
         "guidance/delta_logp": -_sum(accelerator, torch.where(inside_BC, log_c_BC, 0.0).sum()) / inside,
         "guidance/outside_support": 1 - inside / _sum(accelerator, decided_BC.sum().float()),
         "correction/mean": weight_B.mean().item(),
@@ -441,8 +469,12 @@ def guidance_metrics(
     }
     metrics |= quantiles(accelerator, "correction/token", log_c_BC[decided_BC].exp())
     metrics |= quantiles(accelerator, "correction/sequence_log", log_ratio(rollout, "sequence").clamp(min=-1e3))
-    for quarter, w in stats.weight_by_quarter().items():
-        metrics[f"guidance/entropy_weight/{quarter}"] = _mean(accelerator, w)
+    for quarter, pairs in stats.weight.items():  # all four on every rank, whether or not its rows got that far
+        w, n = (
+            (sum(values, torch.zeros(())) for values in zip(*pairs, strict=True)) if pairs else (torch.zeros(()),) * 2
+        )
+        if (hidden := _sum(accelerator, n)) > 0:
+            metrics[f"guidance/entropy_weight/q{quarter}"] = _sum(accelerator, w) / hidden
     return metrics
 
 
@@ -534,3 +566,8 @@ def _sum(accelerator: Accelerator, value: Tensor) -> float:
 
 def _mean(accelerator: Accelerator, value_B: Tensor) -> float:
     return _sum(accelerator, value_B.mean()) / accelerator.num_processes
+
+
+def _share(accelerator: Accelerator, part: list[Tensor], whole: list[Tensor]) -> float:
+    """The sum of the one over all ranks divided by that of the other."""
+    return _sum(accelerator, torch.stack(part).sum()) / max(1.0, _sum(accelerator, torch.stack(whole).sum()))

@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rgrl.checkpoint import Progress
 from rgrl.config import Config, load_config
 from rgrl.models.lora import adapter_parameters
-from rgrl.trainer import Clock, Scored, set_up, take, update_step
+from rgrl.trainer import Clock, Scored, join_processes, set_up, take, update_step
 from rgrl.types import Prompts, Rollout
 
 ROWS, PROMPT = 8, 6
@@ -41,7 +40,7 @@ def rows(C: int) -> tuple[Rollout, Tensor]:
 
 def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The adapter after this rank's share of the update, the gradient of each iteration, and the metrics."""
-    accelerator = Accelerator()
+    accelerator = join_processes()
     parts = set_up(config, accelerator)
     parameters = adapter_parameters(parts.policy)
     rng = torch.Generator().manual_seed(6)
@@ -68,7 +67,7 @@ def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 if __name__ == "__main__":
     left, metrics = update(load_config(sys.argv[1]))
-    accelerator, out = Accelerator(), Path(sys.argv[2])
+    accelerator, out = join_processes(), Path(sys.argv[2])
     save_file(left, out / f"rank_{accelerator.process_index}.safetensors")
     (out / f"rank_{accelerator.process_index}.json").write_text(json.dumps(metrics))
     accelerator.end_training()

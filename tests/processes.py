@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,8 +18,8 @@ TESTS = Path(__file__).parent
 TRAIN = TESTS.parent / "recipes" / "train.py"
 _PATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))  # so that a run finds `die_at_call`
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _PATH}
-# `accelerate launch --cpu` starts one process whatever --num_processes says: this is how it starts more on CPUs.
-PAIR = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0".split()
+LAUNCH = ["-m", "accelerate.commands.launch"]
+PAIR = [*LAUNCH, "--config_file", str(TESTS.parent / "launch" / "cpu.yaml")]
 
 _calls = 0
 
@@ -34,9 +36,32 @@ def die_at_call(prompts, completions, rows):
     return [0.1 * len(text) + float(torch.rand(())) for text in completions]
 
 
-def start(script: Path, *words: str | Path, processes: int = 1, env: dict | None = None, **more: str):
-    """The process that runs `script` on one rank, or launches it on two. Its stdin is closed."""
-    launcher, backend = (PAIR, {"ACCELERATE_USE_CPU": "true"}) if processes == 2 else ([], {})
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def leave_at_call(prompts, completions, rows):
+    """A reward that ends every process as one that was asked to stop would, at the call of the environment."""
+    global _calls
+    _calls += 1
+    if str(_calls) == os.environ.get("LEAVE_AT"):
+        os._exit(75)
+    return [0.1 * len(text) for text in completions]
+
+
+def start(
+    script: Path,
+    *words: str | Path,
+    processes: int = 1,
+    launcher: Sequence[str] = (),
+    env: dict | None = None,
+    **more: str,
+):
+    """The process that runs `script` on one rank, or launches it on two, or as `launcher` says. Its stdin is closed."""
+    launcher = [*LAUNCH, *launcher] if launcher else PAIR if processes == 2 else []
+    backend = {"ACCELERATE_USE_CPU": "true"} if launcher and torch.cuda.is_available() else {}
     return subprocess.Popen(
         ["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, *launcher, str(script), *map(str, words)],
         env=(env or ENV) | backend | more,

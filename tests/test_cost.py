@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROMPTS, write_reward
 
-from rgrl.config import GuidanceConfig, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig
+from rgrl.config import Config, GuidanceConfig, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig, RunConfig
 from rgrl.denoise import RolloutNoise, denoise, write_schedule
 from rgrl.guidance import Guide, guide
 from rgrl.logprobs import draw_one_step, weighted_sum
@@ -17,6 +17,7 @@ from rgrl.models.lora import adapter_parameters
 from rgrl.rewards import load_classifier
 from rgrl.sampling import draw_uniform, support_of
 from rgrl.seeds import generators
+from rgrl.trainer import release
 from rgrl.types import PrefixCache, Prompts, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -246,3 +247,17 @@ def test_guiding_few_tokens_leaves_the_others_alone(dream_dir, reward):
     moved = (logits_NV != before_NV).nonzero()
     best_N5 = before_NV.topk(5).indices
     assert all(v in best_N5[n] for n, v in moved.tolist())
+
+
+# -------------------------------------------------------------------------------------------------- GPU memory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cached_memory_goes_back_to_the_gpu_when_the_settings_say_so():
+    for policy, given_back in (("never", ()), ("step", ("step",)), ("phase", ("phase", "step"))):
+        for end_of in ("phase", "step"):
+            torch.empty(2**28, device="cuda", dtype=torch.uint8)  # freed at once, and cached
+            before = torch.cuda.memory_reserved()
+            release(Config(run=RunConfig(empty_cache=policy)), end_of)
+            assert (torch.cuda.memory_reserved() < before) == (end_of in given_back), (policy, end_of)

@@ -446,7 +446,10 @@ def test_rollout_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_changed_share_counts_committed_tokens_whose_best_guess_moved():
+def test_stats_count_committed_tokens_their_entropy_and_those_whose_best_guess_moved():
+    def changed_share(stats):
+        return float(torch.stack(stats.changed).sum() / torch.stack(stats.guided).sum())
+
     config = RolloutConfig(max_completion_length=C, steps=2)
     unguided, weak, strong = DenoiseStats(), DenoiseStats(), DenoiseStats()
     run(Toy(), config, guidance=toy_guide("none"), stats=unguided)
@@ -454,6 +457,18 @@ def test_changed_share_counts_committed_tokens_whose_best_guess_moved():
     run(Toy(), config, 0, Guide(base.reward, base.embedding_VD, GuidanceConfig("expectation", 1, 1e-6)), weak)
     run(Toy(), config, 0, Guide(base.reward, base.embedding_VD, GuidanceConfig("expectation", 9, 3.0)), strong)
     assert unguided.changed == []
-    assert weak.changed_share() == 0
-    assert 0 < strong.changed_share() <= 1
+    assert changed_share(weak) == 0
+    assert 0 < changed_share(strong) <= 1
     assert int(torch.stack(strong.committed).sum()) == 3 * C
+    # The policy's own entropy, which no guidance changes where the tokens before are the same: in the first step.
+    assert strong.entropy[0] == unguided.entropy[0] and 0 < strong.entropy[0] < 3 * C * math.log(V)
+    entrgi = DenoiseStats()
+    run(Toy(), config, guidance=toy_guide("entrgi"), stats=entrgi)
+    assert {q: [n for _, n in pairs] for q, pairs in entrgi.weight.items()} == {
+        1: [3 * C],
+        2: [],
+        3: [3 * C // 2],
+        4: [],
+    }
+    assert all(0 < w / n < 1 for pairs in entrgi.weight.values() for w, n in pairs)
+    assert not any(strong.weight.values())  # of no other guidance

@@ -21,6 +21,7 @@ LAYERS = [
         "sampling",
         "denoise",
         "advantages",
+        "launch",
         "logprobs",
         "objectives",
     },

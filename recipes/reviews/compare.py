@@ -62,7 +62,19 @@ ABLATION = {
     "unguided, 4 updates": changed(*FOUR, "--guidance.kind", "none"),
     "half guided, 4 updates": changed(*FOUR, "--guidance.share", "0.5"),
     "half guided, 4 updates, mask": changed(*FOUR, "--guidance.share", "0.5", "--objective.correction", "mask"),
-    "half guided, 4 updates, blocks": changed(*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"),
+    "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
+    "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
+    "half guided, blocks": changed("--guidance.share", "0.5", "--rollout.block_length", "10"),
+    "fading": changed("--guidance.eta_final", "0.0"),
+    "fading, half guided, blocks": changed(
+        "--guidance.eta_final", "0.0", "--guidance.share", "0.5", "--rollout.block_length", "10"
+    ),
+    "fading, half guided, blocks, double rate": changed(
+        *"--guidance.eta_final 0 --guidance.share 0.5 --rollout.block_length 10 --optim.learning_rate 8e-4".split()
+    ),
+    "unguided, blocks, double rate": changed(
+        *"--guidance.kind none --rollout.block_length 10 --optim.learning_rate 8e-4".split()
+    ),
 }
 SETS = {"main": MAIN, "ablation": ABLATION}
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")

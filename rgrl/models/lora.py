@@ -2,8 +2,10 @@
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 
 from rgrl.config import ConfigError, LoraConfig
+from rgrl.models.dropout import RowDropout
 from rgrl.models.policy import Policy
 
 
@@ -29,6 +31,10 @@ def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
                 task_type="CAUSAL_LM",
             ),
         )
+    if config.dropout > 0:
+        adapted = [m for m in policy.causal_lm.modules() if isinstance(m, LoraLayer)]
+        for number, layer in enumerate(adapted):
+            layer.lora_dropout["default"] = RowDropout(config.dropout, number, policy.row_keys)
     return policy
 
 

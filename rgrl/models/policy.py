@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.config import ConfigError, ModelConfig
+from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family, find_family
+from rgrl.models.shards import Lockstep, shard_layers
 from rgrl.types import PrefixCache
 
 ScoreFn = Callable[[Tensor, Tensor], Tensor]  # logits_NV, token_N -> logp_N
@@ -86,6 +88,8 @@ class Policy(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.peft_model: PeftModel | None = None
+        self.row_keys = RowKeys()
+        self.lockstep: Lockstep | None = None
         self.tokenizer = tokenizer
         self.family = family
         self.mask_id = mask_id
@@ -183,6 +187,18 @@ class Policy(nn.Module):
     def reference(self) -> AbstractContextManager:
         """Within it, the adapter is off: the frozen base model."""
         return self.peft_model.disable_adapter() if self.peft_model is not None else nullcontext()
+
+    def shard(self, device: torch.device, size: int) -> None:
+        """Move to `device`, the frozen layers in pieces among `size` neighbouring processes. Collective."""
+        self.lockstep = shard_layers(self.causal_lm.model, device, size)
+        self.causal_lm.to(device)
+
+    def in_step(self) -> AbstractContextManager[list[Tensor]]:
+        """Within it, processes that share weights may call the model a different number of times each.
+
+        What it yields is to be added to a loss whose log-probabilities were read within it (see `Lockstep`).
+        """
+        return self.lockstep() if self.lockstep is not None else nullcontext([])
 
     def encode_prompts(self, texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
         """Chat-formatted prompts, left-padded: prompt_BL int64 and attention_BL bool, on the model's device.

@@ -1,0 +1,53 @@
+"""Two processes share a policy's weights and read it a different number of times, with gradients.
+
+launched_lockstep.py CONFIG OUT writes to OUT/rank_R.json how far the gradient is from that of whole weights.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from rgrl.config import Config, load_config
+from rgrl.models import Policy, add_lora, load_policy
+from rgrl.models.lora import adapter_parameters
+from rgrl.trainer import join_processes
+
+
+def gradient(policy: Policy, readings: int) -> dict[str, torch.Tensor]:
+    """Of the summed log-probabilities of as many different rows; zeros where there is none."""
+    loss = torch.zeros(())
+    with policy.in_step() as spare:
+        for i in range(readings):
+            canvas_BL = torch.arange(6)[None] + 10 * i
+            everywhere_BL = torch.ones_like(canvas_BL, dtype=torch.bool)
+            loss = loss + policy.logp(canvas_BL, everywhere_BL, everywhere_BL, canvas_BL.flatten()).sum()
+    loss = sum(spare, loss)
+    if loss.requires_grad:
+        loss.backward()
+    kept = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in adapter_parameters(policy).items()}
+    policy.zero_grad(set_to_none=True)
+    return kept
+
+
+def compare(config: Config, accelerator: Accelerator) -> dict[str, float]:
+    policy = add_lora(load_policy(config.model), config.lora, seed=0)
+    for p in adapter_parameters(policy).values():
+        p.data.copy_(torch.arange(p.numel()).sin().view_as(p) * 0.1)
+    readings = 3 * accelerator.process_index
+    whole = gradient(policy, readings)
+    calls: list[int] = []
+    policy.causal_lm.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy.shard(accelerator.device, accelerator.num_processes)
+    shared = gradient(policy, readings)
+    apart = max(float((shared[name] - g).abs().max()) for name, g in whole.items())
+    return {"calls": len(calls), "apart": apart, "largest": max(float(g.abs().max()) for g in whole.values())}
+
+
+if __name__ == "__main__":
+    accelerator = join_processes()
+    told = compare(load_config(sys.argv[1]), accelerator)
+    (Path(sys.argv[2]) / f"rank_{accelerator.process_index}.json").write_text(json.dumps(told))
+    accelerator.end_training()
