@@ -112,14 +112,15 @@ def guide(
         g_ND = g_ND / tau
         for piece in pieces:
             phi_nV = phi_NV[piece]
+            g_nV = scratch_nV[: len(phi_nV)]
             if token_NV is None:
-                torch.mm(g_ND[piece], table_VD.T, out=scratch_nV[: len(phi_nV)])
+                torch.mm(g_ND[piece], table_VD.T, out=g_nV)
             else:
-                scratch_nV[: len(phi_nV)] = (table_NVD[piece] @ g_ND[piece][..., None])[..., 0]
+                g_nV.copy_((table_NVD[piece] @ g_ND[piece][..., None])[..., 0])
             moments_nV = [moment_NV[piece] for moment_NV in moments]
             for rows in row_blocks(phi_nV):
                 ascend(
-                    phi_nV[rows], scratch_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau
+                    phi_nV[rows], g_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau
                 )
     if token_NV is not None:
         logits_NV.scatter_(1, token_NV, phi_NV)
