@@ -62,6 +62,7 @@ ABLATION = {
     "unguided, 4 updates": changed(*FOUR, "--guidance.kind", "none"),
     "half guided, 4 updates": changed(*FOUR, "--guidance.share", "0.5"),
     "half guided, 4 updates, mask": changed(*FOUR, "--guidance.share", "0.5", "--objective.correction", "mask"),
+    "half guided, 4 updates, blocks": changed(*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"),
     "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
     "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
     "half guided, blocks": changed("--guidance.share", "0.5", "--rollout.block_length", "10"),
