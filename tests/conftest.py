@@ -21,7 +21,7 @@ from transformers import (
 from rgrl.models.families import DREAM, LLADA, _llada_rename
 
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 REPO = Path(__file__).parent.parent
 TOKENIZER = REPO / "recipes" / "reviews" / "policy"  # a Dream-format tokenizer of 4,096 tokens
 PROMPTS = ["the plot of this film", "the acting is", "this movie", "as a thriller, it", "it's hard to", "despite the"]
