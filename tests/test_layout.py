@@ -23,7 +23,7 @@ LAYERS = [
         "logprobs",
         "objectives",
     },
-    {"checkpoint", "evaluation", "report"},
+    {"checkpoint", "evaluation", "report", "stopping"},
     {"trainer"},
     {"cli"},
 ]
