@@ -29,6 +29,17 @@ class ConfigError(ValueError):
         self.on_one_rank = on_one_rank
 
 
+REQUEUE = 75  # exit code of a run that stopped because it was asked to and can go on (EX_TEMPFAIL of sysexits.h)
+
+
+class RunStoppedError(Exception):
+    """A run that ends before its last step. Commands print the message on one line and exit with `code`."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass
 class ModelConfig:
     path: str = ""
@@ -85,6 +96,12 @@ class RewardConfig:
     functions: dict[str, float] = field(default_factory=dict)
     """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
     `function(prompts, completions, rows)` and returns one number a completion."""
+    time_limit: float = 300.0
+    """Seconds that one call of a function may take; then it is interrupted. 0: no limit. What cannot be interrupted
+    (native code that never comes back to Python) ends the process 30 seconds later and prints where it hangs."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """What follows when a function raises or takes too long: `stop` ends the run and names it; `zero` gives all
+    completions of the call 0 from it, which moves no advantage, and counts the call in `rewards/<name>/failed`."""
     bridge: Literal["compose", "unknown", "zero"] = "compose"
     """Embedding of a policy token that the reward model's tokenizer lacks: mean of the tokens that spell it,
     the unknown (or end) token, or zero."""
@@ -243,7 +260,19 @@ class RunConfig:
     """When memory that torch keeps for reuse is given back to the GPU: never, after each step, or also between
     rollout and update, whose tensors have different shapes, so that what one leaves may be of no use to the other."""
     resume_from_checkpoint: str | None = None
-    """`latest`, or the path of a checkpoint folder."""
+    """`latest`: the newest whole checkpoint of `output_dir`; `auto`: the same, or a fresh start where there is none
+    yet (for jobs that are queued again); or the path of a checkpoint folder."""
+    max_hours: float = 0.0
+    """Hours of wall clock after which the run saves and exits with code 75, as it does on SIGTERM and SIGUSR1: at the
+    end of the rollout or of the update that it is in. 0: no limit."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others before it gives the run up."""
+    max_skipped: int = 10
+    """Number of updates in a row skipped for a loss or gradient that is not finite, after which the run stops. The
+    batch of each is written to `skipped/`."""
+    on_write_error: Literal["stop", "continue"] = "stop"
+    """What follows when a checkpoint, a line of metrics or a table cannot be written, such as on a full disk: `stop`
+    ends the run; `continue` says so and tries again after the next step. Older checkpoints stay whole either way."""
 
 
 @dataclass
@@ -496,6 +525,16 @@ def check(c: Config) -> None:
         (c.run.save_steps >= 0, f"`run.save_steps` must not be negative: {c.run.save_steps}"),
         (c.run.eval_steps >= 0, f"`run.eval_steps` must not be negative: {c.run.eval_steps}"),
         (c.run.keep_checkpoints >= 1, f"`run.keep_checkpoints` must be at least 1, not {c.run.keep_checkpoints}"),
+        (c.run.max_hours >= 0, f"`run.max_hours` must be 0 (no limit) or more, not {c.run.max_hours}"),
+        (
+            0 < c.run.timeout_minutes < math.inf,
+            f"`run.timeout_minutes` must be above 0 and finite, not {c.run.timeout_minutes}",
+        ),
+        (c.run.max_skipped >= 1, f"`run.max_skipped` must be at least 1, not {c.run.max_skipped}"),
+        (
+            0 <= c.reward.time_limit < math.inf,
+            f"`reward.time_limit` must be 0 (no limit) or more and finite, not {c.reward.time_limit}",
+        ),
         (c.run.prompts_per_device >= 1, f"`run.prompts_per_device` must be at least 1, not {c.run.prompts_per_device}"),
         (
             c.run.gradient_accumulation_steps >= 1 and rows % c.run.gradient_accumulation_steps == 0,

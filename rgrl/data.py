@@ -1,5 +1,6 @@
 """Prompts, and which of them a step sees. The batch is a function of an integer, so resuming is an integer."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ class PromptStream:
         first = (step * self.ranks + rank) * self.per_rank
         chosen = [self._at(i) for i in range(first, first + self.per_rank)]
         return Prompts([self.prompts.texts[i] for i in chosen], [self.prompts.rows[i] for i in chosen])
+
+    def fingerprint(self) -> str:
+        """What tells one set of prompts from another: their number, and a hash of their texts in order."""
+        digest = hashlib.sha256("\0".join(self.prompts.texts).encode("utf-8", "surrogatepass"))
+        return f"{len(self.prompts)} prompts (SHA-256 {digest.hexdigest()[:16]})"
 
     def _at(self, i: int) -> int:
         epoch, place = divmod(i, len(self.prompts))

@@ -119,9 +119,7 @@ def guide(
                 g_nV.copy_((table_NVD[piece] @ g_ND[piece][..., None])[..., 0])
             moments_nV = [moment_NV[piece] for moment_NV in moments]
             for rows in row_blocks(phi_nV):
-                ascend(
-                    phi_nV[rows], g_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau
-                )
+                ascend(phi_nV[rows], g_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau)
     if token_NV is not None:
         logits_NV.scatter_(1, token_NV, phi_NV)
     return first_w_N

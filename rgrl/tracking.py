@@ -4,8 +4,13 @@ import json
 import math
 import os
 import secrets
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from rgrl.config import Config, to_dict
 
@@ -14,6 +19,7 @@ METRICS = {
     "reward_std": "mean over groups of the standard deviation of total reward within the group",
     "rewards/<name>/mean": "mean of one part of the reward, unweighted",
     "rewards/<name>/std": "standard deviation of that part over all rows",
+    "rewards/<name>/failed": "calls of a Python reward that raised or took too long, on all ranks, evaluation included",
     "frac_reward_zero_std": "share of groups whose rewards are all equal; they teach nothing",
     "completions/mean_length": "mean tokens up to and including the first end token",
     "completions/min_length": "the shortest row, in tokens",
@@ -31,7 +37,7 @@ METRICS = {
     "grad_norm": "global norm of the gradient before clipping, last update",
     "grad_norm_clipped": "the same after clipping",
     "learning_rate": "rate used by the last update",
-    "update/skipped": "updates of this step skipped for a gradient that was not finite",
+    "update/skipped": "updates of this step skipped for a loss or gradient that was not finite",
     "num_tokens": "completion tokens rolled out since the start of the run",
     "guidance/changed": "share of tokens committed by guided steps where guidance changed the most likely token",
     "guidance/delta_logp": "mean log-probability under the guided minus under the policy's own distribution, nats",
@@ -65,19 +71,30 @@ METRICS = {
     "time/reward": "seconds of decoding and scoring",
     "time/update": "seconds of log-probabilities, gradients and optimizer",
     "time/eval": "seconds of evaluation",
-    "time/checkpoint": "seconds of saving, after the step before this one",
+    "time/checkpoint": "seconds that saving held up the run after the step before this one; writing goes on beside it",
 }
 TIMING = ("step_time", "time/")  # the metrics that two identical runs may differ in
+
+
+WANDB_PATIENCE = 120.0  # seconds that the end of a run waits for W&B to take what it still has
+
+
+def warn(text: str) -> None:
+    """One line on stderr, which leaves a progress bar in one piece."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 class Tracker:
     """The main process's record of a run; on other processes every method does nothing.
 
-    `start_step` is the step resumed from: lines after it, left by a run that was killed, are dropped.
+    `start_step` is the step resumed from: lines after it, left by a run that was killed, are dropped. What cannot be
+    written raises nothing: `failure` says why, until somebody takes it. Lines wait in memory and tables are lost.
     """
 
     def __init__(self, config: Config, start_step: int, enabled: bool) -> None:
         self.enabled, self.wandb = enabled, None
+        self.failure: str | None = None
+        self._waiting: list[str] = []
         if not enabled:
             return
         self.folder = Path(config.run.output_dir)
@@ -85,22 +102,43 @@ class Tracker:
         self.path = self.folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= start_step] if start_step else []
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(line) + "\n" for line in kept))
+            handle.flush()
+            os.fsync(handle.fileno())
         partial.replace(self.path)
         if config.tracking.wandb:
-            self.wandb = _start_wandb(config)
+            self._with_wandb(lambda: setattr(self, "wandb", _start_wandb(config)))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line, flushed to disk; numbers that are not finite are written as null."""
         if not self.enabled:
             return
         clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **clean}) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        self._waiting.append(json.dumps({"step": step, **clean}) + "\n")
+        self.flush()
         if self.wandb is not None:
-            self.wandb.log(clean, step=step)
+            self._with_wandb(lambda: self.wandb.log(clean, step=step))
+
+    def flush(self) -> bool:
+        """Write the lines that wait, all or none of them; True if no line waits any more."""
+        if not self._waiting:
+            return True
+        try:
+            with self.path.open("ab", buffering=0) as handle:
+                end = handle.seek(0, os.SEEK_END)
+                text = "".join(self._waiting).encode()
+                try:
+                    while text:  # a disk that is nearly full takes a part first
+                        text = text[handle.write(text) :]
+                    os.fsync(handle.fileno())
+                except OSError:
+                    handle.truncate(end)
+                    raise
+            self._waiting = []
+        except OSError as error:
+            self.failure = f"cannot write {self.path}: {error}"
+        return not self._waiting
 
     def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
         """Save `completions/NAME_STEP.parquet`, and the same table to W&B."""
@@ -109,17 +147,42 @@ class Tracker:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.Table.from_pylist(rows), self.folder / "completions" / f"{name}_{step:06d}.parquet")
+        path = self.folder / "completions" / f"{name}_{step:06d}.parquet"
+        partial = path.with_suffix(".partial")
+        try:
+            pq.write_table(pa.Table.from_pylist(rows), partial)
+            partial.replace(path)
+        except OSError as error:
+            self.failure = f"cannot write {path}: {error}"
+            partial.unlink(missing_ok=True)
         if self.wandb is not None:
             import wandb
 
             columns = list(rows[0])
             data = [[row[c] for c in columns] for row in rows]
-            self.wandb.log({f"completions/{name}": wandb.Table(columns=columns, data=data)}, step=step)
+            table = {f"completions/{name}": wandb.Table(columns=columns, data=data)}
+            self._with_wandb(lambda: self.wandb.log(table, step=step))
 
     def close(self) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
+        """End W&B's run, but wait no longer than `WANDB_PATIENCE` for a server that does not answer."""
+        if self.wandb is None:
+            return
+        ending = threading.Thread(target=self._with_wandb, args=(self.wandb.finish,), daemon=True)
+        ending.start()
+        ending.join(WANDB_PATIENCE)
+        if ending.is_alive():
+            warn(f"W&B has not taken everything: send the rest with `wandb sync {self.folder / 'wandb'}/*run-*`")
+
+    def _with_wandb(self, call: Callable[[], object]) -> None:
+        """A convenience must not end a run, and what it raises has no common base: say so once, go on without it."""
+        try:
+            call()
+        except Exception as error:
+            self.wandb = None
+            warn(
+                f"W&B failed and is off for the rest of this run, whose own files go on: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -142,13 +205,22 @@ def _start_wandb(config: Config) -> Any:
     id_file.write_text(run_id)
     asked = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode not in (None, "online", "shared")
     mode = None if asked or wandb.login(prompt=False, verify=False) else "offline"
-    return wandb.init(
-        project=config.tracking.project,
-        name=config.tracking.name or folder.name,
-        id=run_id,
-        resume="allow",
-        dir=str(folder),
-        config=to_dict(config),
-        mode=mode,
-        settings=wandb.Settings(silent=True),
-    )
+
+    def begin(mode: str | None) -> Any:
+        return wandb.init(
+            project=config.tracking.project,
+            name=config.tracking.name or folder.name,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            config=to_dict(config),
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+
+    try:
+        return begin(mode)
+    except wandb.errors.CommError as error:
+        reason = " ".join(str(error).split())
+        warn(f"W&B cannot be reached and keeps its record in {folder / 'wandb'}, for `wandb sync`: {reason}")
+        return begin("offline")

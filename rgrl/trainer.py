@@ -4,24 +4,36 @@ Every process holds the frozen model, whole or its part (FSDP2), and the same ad
 exchanges nothing but adapter gradients, a handful of sums and, where it has parts, the weights it is about to read.
 """
 
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rgrl.advantages import ADVANTAGES, zero_spread
-from rgrl.checkpoint import Progress, check_compatible, check_writable, find_checkpoint, load, load_adapter, save
-from rgrl.config import Config, ConfigError, GuidanceConfig, to_dict
+from rgrl.checkpoint import (
+    Progress,
+    Saver,
+    check_compatible,
+    check_prompts,
+    check_writable,
+    checkpoints,
+    find_checkpoint,
+    load,
+    load_adapter,
+)
+from rgrl.config import REQUEUE, Config, ConfigError, GuidanceConfig, RunStoppedError, to_dict
 from rgrl.corrections import correction, effective_sample_size, exact, log_ratio
 from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
@@ -34,11 +46,10 @@ from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards, resolve
 from rgrl.sampling import sampled_logp
-from rgrl.seeds import generator, generators, row_keys
-from rgrl.tracking import Tracker
+from rgrl.seeds import generators, global_state, row_keys, seed_globals, set_global_state
+from rgrl.stopping import StopRequests, first_reason
+from rgrl.tracking import Tracker, warn
 from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout, masked_mean
-
-MAX_SKIPPED = 10  # updates in a row with a gradient that is not finite, after which a run stops
 
 
 @dataclass
@@ -89,68 +100,167 @@ class Clock:
 def train(config: Config) -> tuple[Path, bool]:
     """Run or resume the training that `config` describes; returns its output folder, and if this is the main process.
 
-    Raises `ConfigError` for bad input, before any long work starts.
+    Raises `ConfigError` for bad input, before any long work starts, and `RunStoppedError` where the run ends early.
     """
-    accelerator = join_processes()
-    check_writable(Path(config.run.output_dir))
-    resume = find_checkpoint(config)
-    if resume is not None:
-        check_compatible(resume, config, accelerator.num_processes)
-    parts = set_up(config, accelerator)
-    progress = load(resume, accelerator, parts.policy, parts.optimizer, parts.schedule) if resume else Progress()
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
-    output = Path(config.run.output_dir)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    if config.objective.correction != "none" and config.guidance.kind != "none":
-        kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/corrections.py)"
-        accelerator.print(f"correcting for guidance: the ratio of a whole completion is {kind}")
-    tracker = Tracker(config, progress.step, accelerator.is_main_process)
+    with StopRequests(config.run.max_hours) as requests:
+        accelerator = join_processes(config)
+        check_writable(Path(config.run.output_dir))
+        resume = find_checkpoint(config, accelerator)
+        if resume is not None:
+            check_compatible(resume, config, accelerator.num_processes)
+        parts = set_up(config, accelerator)
+        progress = Progress()
+        if resume is not None:
+            check_prompts(resume, parts.stream.fingerprint())
+            progress = load(resume, accelerator, parts.policy, parts.optimizer, parts.schedule, config.run.seed)
+        accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
+        output, requeue = Path(config.run.output_dir), Path(config.run.output_dir) / "requeue"
+        try:
+            if accelerator.is_main_process:
+                output.mkdir(parents=True, exist_ok=True)
+                requeue.unlink(missing_ok=True)
+                (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+            tracker, saver = Tracker(config, progress.step, accelerator.is_main_process), Saver(config)
+        except OSError as error:
+            raise ConfigError(f"`run.output_dir` {output} cannot be written: {error}", on_one_rank=True) from error
+        if config.objective.correction != "none" and config.guidance.kind != "none":
+            kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/corrections.py)"
+            accelerator.print(f"correcting for guidance: the ratio of a whole completion is {kind}")
+        try:
+            reason = run_steps(parts, progress, tracker, saver, requests, resume)
+        finally:
+            saver.wait()  # also on the way out of an error: what is being written is worth having
+        tracker.flush()
+        problem = take_failure(saver, tracker)
+        if _counts(accelerator, [int(problem is not None)])[0]:
+            raise cannot_write(config, problem)
+        tracker.close()
+        if reason is not None and accelerator.is_main_process:
+            requeue.write_text(f"{reason}\n")  # some launchers turn every exit code into 1
+        accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has gone
+        if reason is not None:
+            raise RunStoppedError(
+                f"stopped at step {progress.step} on {reason}; all is saved: go on with "
+                "--run.resume_from_checkpoint latest",
+                REQUEUE,
+            )
+        accelerator.end_training()
+    return output, accelerator.is_main_process
+
+
+def run_steps(
+    parts: Parts, progress: Progress, tracker: Tracker, saver: Saver, requests: StopRequests, resume: Path | None
+) -> str | None:
+    """Take the steps that are left, and save what they lead to; returns why it ended before the last, if it did."""
+    config, accelerator = parts.config, parts.accelerator
+    own = checkpoints(Path(config.run.output_dir)) if resume is not None else []
+    saved = progress.step if resume is not None and resume.resolve() in [path.resolve() for path in own] else -1
+    fingerprint, clock, complained = parts.stream.fingerprint(), Clock(), False
+
+    def save() -> None:
+        nonlocal saved
+        with clock.phase("checkpoint"):
+            saver.save(
+                accelerator,
+                parts.policy,
+                parts.optimizer,
+                parts.schedule,
+                progress,
+                fingerprint,
+                tracker.flush(),
+            )
+        saved = progress.step
+
     with tqdm(  # closed also by an error, whose message then has a line of its own
         total=config.run.steps, initial=progress.step, disable=not accelerator.is_main_process, desc="rgrl", unit="step"
     ) as bar:
-        clock = Clock()
         if parts.eval_prompts is not None and progress.step == 0:
             tracker.log(0, run_eval(parts, tracker, 0, clock) | clock.seconds)
             clock = Clock()
-
-        while progress.step < config.run.steps:
-            step, started = progress.step, time.perf_counter()
+        reason = first_reason(_counts(accelerator, requests.asked()))
+        while progress.step < config.run.steps and reason is None:
+            step, state, started = progress.step, global_state(), time.perf_counter()
             scored = rollout_step(parts, step, clock)
             release(config, "phase")
+            if reason := first_reason(_counts(accelerator, requests.asked())):
+                set_global_state(state)  # as before the rollout, which the resumed run makes again
+                break
             metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
             release(config, "step")
             progress.step += 1
-            progress.num_tokens += int(_sum(accelerator, scored.rollout.completion_mask_BC.sum().float()))
-            metrics["num_tokens"] = progress.num_tokens
             if due(progress.step, config.tracking.completions_steps, config.run.steps):
                 tracker.table(progress.step, "train", gather_object(completion_rows(scored)))
             if parts.eval_prompts is not None and due(progress.step, config.run.eval_steps, config.run.steps):
                 metrics |= run_eval(parts, tracker, progress.step, clock)
+            problem = take_failure(saver, tracker)
+            tokens = int(scored.rollout.completion_mask_BC.sum())
+            tokens, unwritten, reason, failed = exchange(parts, requests, tokens, problem is not None, progress.step)
+            progress.num_tokens += tokens
+            metrics |= {"num_tokens": progress.num_tokens} | failed
             metrics["step_time"] = time.perf_counter() - started
             # The line is on disk before the checkpoint that follows it: a resumed run drops lines, it never lacks one.
             tracker.log(progress.step, metrics | clock.seconds)
             clock = Clock()  # so the time of a checkpoint is told in the line after it
-            if due(progress.step, config.run.save_steps, config.run.steps):
-                with clock.phase("checkpoint"):
-                    save(accelerator, config, parts.policy, parts.optimizer, parts.schedule, progress)
+            if unwritten and config.run.on_write_error == "stop":
+                raise cannot_write(config, problem)
+            if problem is not None and not complained:
+                warn(f"{problem}; the run goes on and tries again (run.on_write_error)")
+            complained = unwritten
+            if due(progress.step, config.run.save_steps, config.run.steps) or unwritten:
+                save()
             bar.set_postfix(reward=f"{metrics['reward']:.2f}")
             bar.update()
-    tracker.close()
-    accelerator.end_training()
-    return output, accelerator.is_main_process
+        if reason is not None and progress.step != saved:
+            save()
+    return reason if progress.step < config.run.steps else None
 
 
-def join_processes() -> Accelerator:
+def exchange(
+    parts: Parts, requests: StopRequests, tokens: int, unwritten: bool, step: int
+) -> tuple[int, bool, str | None, dict[str, float]]:
+    """What ranks tell each other at the end of a step, at once, so that all of them go the same way from there.
+
+    Returns, over all ranks: the tokens rolled out; if the main process could not write something; why to stop, if
+    anybody was asked to; and the failed calls of each Python reward, as metrics.
+    """
+    failures, names, asked = parts.rewards.failures, list(parts.rewards.functions), requests.asked()
+    for name, problem in dict(reversed(failures)).items():  # the first of each
+        warn(f"step {step}: reward {name!r} {problem}; its completions got 0 (reward.on_error)")
+    calls = [sum(name == of for of, _ in failures) for name in names]
+    failures.clear()
+    tokens, count, *rest = _counts(parts.accelerator, [tokens, int(unwritten), *asked, *calls])
+    reason, calls = first_reason(rest[: len(asked)]), rest[len(asked) :]
+    failed = {f"rewards/{name}/failed": float(n) for name, n in zip(names, calls, strict=True)}
+    return tokens, count > 0, reason, failed
+
+
+def take_failure(saver: Saver, tracker: Tracker) -> str | None:
+    """Why something could not be written since this was last asked; known to the main process only."""
+    found = None
+    for writer in (tracker, saver):
+        if writer.failure is not None:  # then no thread of it is at work, and what is reset here is what was read
+            found, writer.failure = writer.failure, None
+    return found
+
+
+def cannot_write(config: Config, problem: str | None) -> RunStoppedError:
+    """The end of a run that cannot write, for every process; only the main one, which knows why, prints its message."""
+    found = checkpoints(Path(config.run.output_dir))
+    whole = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return RunStoppedError(f"{problem}; {whole}")
+
+
+def join_processes(config: Config) -> Accelerator:
     """This process joined with the others that were started with it, by gloo where there is no GPU.
 
     Raises `ConfigError` for a launch that cannot work, such as processes that would not know of each other: each would
     be a main process writing to the same folder.
     """
     check_launch(os.environ)
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     # Accelerate's launcher starts several CPU processes only as if they were for GPUs, and doesn't tell them.
-    accelerator = Accelerator(cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
+    on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpus, kwargs_handlers=[patience])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(
@@ -162,8 +272,8 @@ def join_processes() -> Accelerator:
 
 def _open_checkpoint(config: Config) -> tuple[Parts, Prompts]:
     """The parts of a run with the adapter that `run.resume_from_checkpoint` names, and its eval prompts."""
-    accelerator = join_processes()
-    folder = find_checkpoint(config) if config.run.resume_from_checkpoint else None
+    accelerator = join_processes(config)
+    folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:
         check_compatible(folder, config, None, ("lora",))  # another alpha would fit and be another policy
     parts = set_up(config, accelerator)
@@ -198,8 +308,8 @@ def sample(config: Config) -> Iterator[dict]:
 def set_up(config: Config, accelerator: Accelerator) -> Parts:
     """Load every part and check what only the parts together can tell. Raises `ConfigError`."""
     device = accelerator.device
-    # Nothing here reads the global generator, but a user's own reward or objective may.
-    torch.manual_seed(generator(config.run.seed, 0, accelerator.process_index, "global").initial_seed())
+    # Nothing here reads the global generators, but a user's own reward or objective may.
+    seed_globals(config.run.seed, 0, accelerator.process_index)
     check_objective(config)
     prompts = load_prompts(config.data.path, config.data)
     eval_prompts = None
@@ -423,14 +533,18 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             count = totals.pop("n").clamp(min=1.0)
             share_gradients(accelerator, parameters, count)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
-            if bool(norm.isfinite()):
+            if bool((norm + totals["loss"]).isfinite()):
                 parts.optimizer.step()
                 progress.skipped_in_a_row = 0
             else:
                 metrics["update/skipped"] += 1
                 progress.skipped_in_a_row += 1
-                if progress.skipped_in_a_row >= MAX_SKIPPED:
-                    raise FloatingPointError(f"the gradient was not finite in {MAX_SKIPPED} updates in a row; stopped")
+                keep_batch(parts, scored, noise, step, {"grad_norm": norm, **totals})
+                if progress.skipped_in_a_row >= config.run.max_skipped:
+                    raise RunStoppedError(
+                        f"{progress.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
+                        f"(`run.max_skipped`); their batches are in {Path(config.run.output_dir) / 'skipped'}"
+                    )
             metrics["learning_rate"] = parts.schedule.get_last_lr()[0]
             parts.optimizer.zero_grad(set_to_none=True)
             parts.schedule.step()
@@ -476,6 +590,33 @@ def guidance_metrics(
         if (hidden := _sum(accelerator, n)) > 0:
             metrics[f"guidance/entropy_weight/q{quarter}"] = _sum(accelerator, w) / hidden
     return metrics
+
+
+def keep_batch(parts: Parts, scored: Scored, noise: NoiseDraw, step: int, totals: dict[str, Tensor]) -> None:
+    """Write what this rank made a skipped update from to `skipped/`, where the newest `run.max_skipped` are kept."""
+    rank, folder = parts.accelerator.process_index, Path(parts.config.run.output_dir) / "skipped"
+    batch = {
+        "step": step + 1,  # as in metrics.jsonl
+        "totals": totals,
+        "prompts": scored.prompts.texts,
+        "completions": scored.completions,
+        "reward_B": scored.reward_B,
+        "advantage_B": scored.advantage_B,
+        "rollout": vars(scored.rollout),
+        "noise": vars(noise),
+    }
+    if rank == 0:
+        told = ", ".join(f"{name} {float(totals[name]):g}" for name in ("loss", "grad_norm"))
+        warn(f"step {step + 1}: an update is skipped ({told}); its batch is in {folder}")
+    try:
+        folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()  # so that a full disk is an `OSError`
+        torch.save(batch, buffer)
+        (folder / f"step_{step + 1:06d}_rank_{rank}.pt").write_bytes(buffer.getbuffer())
+        for old in sorted(folder.glob(f"step_*_rank_{rank}.pt"))[: -parts.config.run.max_skipped]:
+            old.unlink()
+    except OSError as error:  # a diagnosis must not end a run
+        warn(f"cannot write {folder}: {error}")
 
 
 def global_rows(accelerator: Accelerator, B: int) -> range:
@@ -562,6 +703,13 @@ def _reduce(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 def _sum(accelerator: Accelerator, value: Tensor) -> float:
     return float(_reduce(accelerator, value.to(accelerator.device)))
+
+
+def _counts(accelerator: Accelerator, values: list[int]) -> list[int]:
+    """Whole numbers added up over ranks, exactly, in one exchange."""
+    if accelerator.num_processes == 1:
+        return values
+    return _reduce(accelerator, torch.tensor(values, dtype=torch.int64, device=accelerator.device)).tolist()
 
 
 def _mean(accelerator: Accelerator, value_B: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Runs of recipes/train.py in processes of their own, for the tests that kill, resume and launch them."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import pyarrow.parquet as pq
 import torch
 import yaml
@@ -27,13 +29,13 @@ _calls = 0
 def die_at_call(prompts, completions, rows):
     """A reward that takes its process away, as a power cut would, at the call and on the rank of the environment.
 
-    It draws from the global generator, as anybody's own reward may: its state is part of a checkpoint.
+    It draws from the global generators, as anybody's own reward may: their state is part of a checkpoint.
     """
     global _calls
     _calls += 1
     if f"{os.environ.get('RANK', 0)}:{_calls}" == os.environ.get("DIE_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return [0.1 * len(text) + float(torch.rand(())) for text in completions]
+    return [0.1 * len(text) + float(torch.rand(()) + random.random() + numpy.random.rand()) for text in completions]
 
 
 def free_port() -> str:
@@ -72,6 +74,17 @@ def start(
     )
 
 
+def start_ranks(count: int, script: Path, *words: str | Path, **more: str) -> list[subprocess.Popen]:
+    """The ranks of one run without a launcher, which would end them all when one has died."""
+    if count == 1:
+        return [start(script, *words, **more)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return [start(script, *words, **ranks, RANK=str(r), LOCAL_RANK=str(r), **more) for r in range(count)]
+
+
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What the process printed; it must end with `code`."""
     try:
@@ -93,7 +106,7 @@ def adapter(output: Path, step: int) -> bytes:
 
 
 def saved(output: Path) -> list[str]:
-    return sorted(path.name for path in (output / "checkpoints").iterdir())
+    return sorted(path.name for path in (output / "checkpoints").glob("step_*"))
 
 
 def untimed(output: Path) -> list[dict]:

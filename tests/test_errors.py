@@ -182,6 +182,10 @@ def resume_spoiled(spoil: Callable[[Path], object]) -> Change:
     return change
 
 
+def again_spoiled(spoil: Callable[[Path], object]) -> Change:
+    return lambda r: [resume_spoiled(spoil)(r), r.put("run.resume_from_checkpoint", "auto")]
+
+
 def occupy(r: Run) -> None:
     shutil.copytree(r.finished, r.output)
 
@@ -309,6 +313,11 @@ CASES: list[tuple[str, Change, list[str]]] = [
         ["`run.gradient_accumulation_steps` (3)", "4 rows"],
     ),
     ("no steps", put("run.steps", 0), ["`run.steps`", "at least 1"]),
+    ("negative hours", put("run.max_hours", -1), ["`run.max_hours`", "-1"]),
+    ("no patience", put("run.timeout_minutes", 0), ["`run.timeout_minutes`", "above 0"]),
+    ("nothing may be skipped", put("run.max_skipped", 0), ["`run.max_skipped`", "at least 1"]),
+    ("negative time limit", put("reward.time_limit", -1), ["`reward.time_limit`", "-1"]),
+    ("unknown policy", put("run.on_write_error", "ignore"), ["`run.on_write_error`", "continue", "'ignore'"]),
     ("no eval prompts", put("data.eval_prompts", 0), ["`data.eval_prompts`", "at least 1"]),
     # The model
     ("no such model folder", put("model.path", "/no/such/model"), ["model.path /no/such/model", "no such folder"]),
@@ -466,10 +475,19 @@ CASES: list[tuple[str, Change, list[str]]] = [
     ("no such checkpoint", put("run.resume_from_checkpoint", "/no/such/step"), ["/no/such/step", "not a checkpoint"]),
     ("resume with another rank", resume(lora__r=8), ["`lora`", "'r': 4", "'r': 8"]),
     ("resume with another seed", resume(run__seed=1), ["`run.seed` was 0 and is now 1"]),
+    ("resume with another model", resume(model__dtype="bfloat16"), ["`model` was", "float32", "bfloat16"]),
+    ("resume with other data", resume(data__column="text"), ["`data` was", "'prompt'", "'text'"]),
+    (
+        "resume with other prompts a step",
+        resume(run__prompts_per_device=2),
+        ["had 1 prompts (1 processes x `run.prompts_per_device` 1)", "2 (1 x 2)", "`run.prompts_per_device` to 1"],
+    ),
     ("resume with other groups", resume(rollout__num_generations=4), ["was 2 and is now 4"]),
     ("resume without the adapter", resume_spoiled(lambda p: shutil.rmtree(p / "adapter")), ["adapter", "step_000001"]),
-    ("resume with a cut state", resume_spoiled(cut("state.pt")), ["state.pt", "step_000001"]),
-    ("resume with no settings", resume_spoiled(remove("config.yaml")), ["config.yaml", "step_000001"]),
+    ("resume with a cut state", resume_spoiled(cut("state.pt")), ["state.pt has 1000 bytes", "step_000001"]),
+    ("resume with no settings", resume_spoiled(remove("config.yaml")), ["config.yaml is missing", "step_000001"]),
+    ("resume without manifest", resume_spoiled(remove("manifest.json")), ["manifest.json", "no whole checkpoint"]),
+    ("queued again, all damaged", again_spoiled(cut("state.pt")), ["state.pt has 1000 bytes", "no whole checkpoint"]),
 ]
 
 

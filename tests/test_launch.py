@@ -144,7 +144,8 @@ def test_launched_pair_goes_on_after_one_rank_died(tiny, tmp_path):
     assert saved(broken) == ["step_000002"]
     resumed = ["--config", config, "--run.output_dir", broken, "--run.resume_from_checkpoint", "latest"]
     refused = finish(start(TRAIN, *resumed), 2)
-    assert "with 1 processes: it was saved with another number" in refused
+    assert "a step had 4 prompts (2 processes x `run.prompts_per_device` 2) and would now have 2 (1 x 2)" in refused
+    assert "set `run.prompts_per_device` to 4" in refused
     finish(start(TRAIN, *resumed, processes=2))
     # Only the main process's adapter was saved. Had the other rank's been another, the undisturbed run, in which
     # each goes on with its own, would now differ from the one in which both got the saved one.

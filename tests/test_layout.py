@@ -25,7 +25,7 @@ LAYERS = [
         "logprobs",
         "objectives",
     },
-    {"checkpoint", "evaluation", "report"},
+    {"checkpoint", "evaluation", "report", "stopping"},
     {"trainer"},
     {"cli"},
 ]

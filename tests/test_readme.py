@@ -50,6 +50,7 @@ def test_every_rgrl_command_of_the_readme_runs_in_the_order_given(tmp_path):
 
 def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
     tiny["objective"] |= {"name": "grpo", "iterations": 2}
+    tiny["reward"]["functions"] = {"processes:die_at_call": 0.5}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny))
     output, _ = train(load_config(path))
