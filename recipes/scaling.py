@@ -27,7 +27,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 def work(config_path: str, steps: int) -> None:
     """One of the launched processes; the main one prints the rate of all together."""
     config = load_config(config_path, ["--run.eval_steps", "0"])
-    accelerator = join_processes()
+    accelerator = join_processes(config)
     parts = set_up(config, accelerator)
     rollout_step(parts, 0, Clock())  # what is made once does not count
     accelerator.wait_for_everyone()

@@ -47,7 +47,8 @@ def compare(config: Config, accelerator: Accelerator) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    accelerator = join_processes()
-    told = compare(load_config(sys.argv[1]), accelerator)
+    config = load_config(sys.argv[1])
+    accelerator = join_processes(config)
+    told = compare(config, accelerator)
     (Path(sys.argv[2]) / f"rank_{accelerator.process_index}.json").write_text(json.dumps(told))
     accelerator.end_training()

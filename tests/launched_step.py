@@ -21,7 +21,7 @@ from rgrl.trainer import Clock, join_processes, rollout_step, set_up, update_ste
 
 def step(config: Config) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metrics of this rank's share of the step."""
-    accelerator = join_processes()
+    accelerator = join_processes(config)
     parts = set_up(config, accelerator)
     parameters = adapter_parameters(parts.policy)
     for name, p in parameters.items():
@@ -55,8 +55,9 @@ def step(config: Config) -> tuple[dict[str, Tensor], dict]:
 
 
 if __name__ == "__main__":
-    left, told = step(load_config(sys.argv[1]))
-    accelerator, out = join_processes(), Path(sys.argv[2])
+    config = load_config(sys.argv[1])
+    left, told = step(config)
+    accelerator, out = join_processes(config), Path(sys.argv[2])
     save_file(left, out / f"rank_{accelerator.process_index}.safetensors")
     (out / f"rank_{accelerator.process_index}.json").write_text(json.dumps(told))
     accelerator.end_training()

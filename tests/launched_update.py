@@ -40,7 +40,7 @@ def rows(C: int) -> tuple[Rollout, Tensor]:
 
 def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The adapter after this rank's share of the update, the gradient of each iteration, and the metrics."""
-    accelerator = join_processes()
+    accelerator = join_processes(config)
     parts = set_up(config, accelerator)
     parameters = adapter_parameters(parts.policy)
     rng = torch.Generator().manual_seed(6)
@@ -66,8 +66,9 @@ def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 if __name__ == "__main__":
-    left, metrics = update(load_config(sys.argv[1]))
-    accelerator, out = join_processes(), Path(sys.argv[2])
+    config = load_config(sys.argv[1])
+    left, metrics = update(config)
+    accelerator, out = join_processes(config), Path(sys.argv[2])
     save_file(left, out / f"rank_{accelerator.process_index}.safetensors")
     (out / f"rank_{accelerator.process_index}.json").write_text(json.dumps(metrics))
     accelerator.end_training()

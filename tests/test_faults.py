@@ -35,6 +35,7 @@ def risky(tiny) -> dict:
     """Settings whose reward calls `faulty.reward` (once in the evaluation at step 0, once a step)."""
     tiny["reward"]["functions"] = {"faulty:reward": 0.5}
     tiny["objective"]["name"] = "faulty:objective"
+    tiny["guidance"]["probe_prompts"] = 0
     tiny["run"] |= {"steps": STEPS, "save_steps": 1, "eval_steps": STEPS}
     return tiny
 

@@ -37,7 +37,7 @@ MAIN = {name: (name, []) for name in ("likelihood", "aps_likelihood", REFERENCE,
 PLAIN = (
     "--objective.name reinforce --objective.estimator one_step --objective.iterations 1 --objective.correction none "
     "--guidance.kind entrgi --guidance.share 1.0 --guidance.support guided --rollout.block_length 0 "
-    "--optim.learning_rate 4e-4 --objective.beta 0.075"
+    "--optim.learning_rate 4e-4 --optim.schedule constant --objective.beta 0.075"
 ).split()
 
 
@@ -46,6 +46,7 @@ def changed(*words: str) -> tuple[str, list[str]]:
 
 
 FOUR = ["--objective.name", "grpo", "--objective.iterations", "4"]
+BOTH = [*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"]
 ABLATION = {
     "plain": changed(),
     "unguided": changed("--guidance.kind", "none"),
@@ -62,7 +63,14 @@ ABLATION = {
     "unguided, 4 updates": changed(*FOUR, "--guidance.kind", "none"),
     "half guided, 4 updates": changed(*FOUR, "--guidance.share", "0.5"),
     "half guided, 4 updates, mask": changed(*FOUR, "--guidance.share", "0.5", "--objective.correction", "mask"),
-    "half guided, 4 updates, blocks": changed(*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"),
+    "half guided, 4 updates, blocks": changed(*BOTH),
+    "half guided, 4 updates, blocks, falling rate": changed(*BOTH, "--optim.schedule", "linear"),
+    "half guided, 4 updates, blocks, falling rate, double KL": changed(
+        *BOTH, "--optim.schedule", "linear", "--objective.beta", "0.15"
+    ),
+    "unguided, 4 updates, blocks, falling rate": changed(
+        *FOUR, *"--guidance.kind none --rollout.block_length 10 --optim.schedule linear".split()
+    ),
     "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
     "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
     "half guided, blocks": changed("--guidance.share", "0.5", "--rollout.block_length", "10"),
