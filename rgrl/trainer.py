@@ -21,7 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rgrl.advantages import ADVANTAGES, zero_spread
+from rgrl.advantages import ADVANTAGES
 from rgrl.checkpoint import (
     Progress,
     Saver,
@@ -34,13 +34,14 @@ from rgrl.checkpoint import (
     load_adapter,
 )
 from rgrl.config import REQUEUE, Config, ConfigError, GuidanceConfig, RunStoppedError, to_dict
-from rgrl.corrections import correction, effective_sample_size, exact, log_ratio
+from rgrl.corrections import correction, exact
 from rgrl.data import PromptStream, load_prompts
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.evaluation import evaluate
 from rgrl.guidance import Guide
 from rgrl.launch import check_launch, shard_size
 from rgrl.logprobs import ESTIMATORS, Estimator
+from rgrl.metrics import counts, guidance_metrics, quantiles, reduce_sum, rollout_metrics, share
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients
 from rgrl.objectives import OBJECTIVES, Objective
@@ -49,7 +50,7 @@ from rgrl.sampling import sampled_logp
 from rgrl.seeds import generators, global_state, row_keys, seed_globals, set_global_state
 from rgrl.stopping import StopRequests, first_reason
 from rgrl.tracking import Tracker, warn
-from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout, masked_mean
+from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
 
 
 @dataclass
@@ -132,7 +133,7 @@ def train(config: Config) -> tuple[Path, bool]:
             saver.wait()  # also on the way out of an error: what is being written is worth having
         tracker.flush()
         problem = take_failure(saver, tracker)
-        if _counts(accelerator, [int(problem is not None)])[0]:
+        if counts(accelerator, [int(problem is not None)])[0]:
             raise cannot_write(config, problem)
         tracker.close()
         if reason is not None and accelerator.is_main_process:
@@ -177,12 +178,12 @@ def run_steps(
         if parts.eval_prompts is not None and progress.step == 0:
             tracker.log(0, run_eval(parts, tracker, 0, clock) | clock.seconds)
             clock = Clock()
-        reason = first_reason(_counts(accelerator, requests.asked()))
+        reason = first_reason(counts(accelerator, requests.asked()))
         while progress.step < config.run.steps and reason is None:
             step, state, started = progress.step, global_state(), time.perf_counter()
             scored = rollout_step(parts, step, clock)
             release(config, "phase")
-            if reason := first_reason(_counts(accelerator, requests.asked())):
+            if reason := first_reason(counts(accelerator, requests.asked())):
                 set_global_state(state)  # as before the rollout, which the resumed run makes again
                 break
             metrics = scored.metrics | update_step(parts, scored, step, progress, clock)
@@ -228,7 +229,7 @@ def exchange(
         warn(f"step {step}: reward {name!r} {problem}; its completions got 0 (reward.on_error)")
     calls = [sum(name == of for of, _ in failures) for name in names]
     failures.clear()
-    tokens, count, *rest = _counts(parts.accelerator, [tokens, int(unwritten), *asked, *calls])
+    tokens, count, *rest = counts(parts.accelerator, [tokens, int(unwritten), *asked, *calls])
     reason, calls = first_reason(rest[: len(asked)]), rest[len(asked) :]
     failed = {f"rewards/{name}/failed": float(n) for name, n in zip(names, calls, strict=True)}
     return tokens, count > 0, reason, failed
@@ -445,7 +446,7 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
         advantage = resolve(config.objective.advantage, "advantage", ADVANTAGES)
         advantage_B = advantage(reward_B, G, config.objective) if G > 1 else torch.zeros_like(reward_B)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
-    metrics["entropy"] = _share(accelerator, stats.entropy, stats.committed)
+    metrics["entropy"] = share(accelerator, stats.entropy, stats.committed)
     if stats.changed:
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = guidance.eta
@@ -529,7 +530,7 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                 for name, value in out.samples.items():
                     samples.setdefault(name, []).append(value)
             policy.eval()
-            totals = dict(zip(sums, _reduce(accelerator, torch.stack(list(sums.values()))), strict=True))
+            totals = dict(zip(sums, reduce_sum(accelerator, torch.stack(list(sums.values()))), strict=True))
             count = totals.pop("n").clamp(min=1.0)
             share_gradients(accelerator, parameters, count)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
@@ -553,42 +554,6 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             metrics["grad_norm_clipped"] = min(float(norm), config.optim.max_grad_norm)
             for name, values in samples.items():
                 metrics |= quantiles(accelerator, name, torch.cat(values))
-    return metrics
-
-
-def quantiles(accelerator: Accelerator, name: str, value_N: Tensor) -> dict[str, float]:
-    """`NAME/p05`, `NAME/p50` and `NAME/p95` over all ranks, each of which may have another number of values."""
-    everywhere_N = accelerator.gather(accelerator.pad_across_processes(value_N.float(), pad_index=float("nan")))
-    at_3 = everywhere_N.nanquantile(torch.tensor([0.05, 0.5, 0.95], device=everywhere_N.device))
-    return {f"{name}/{q}": float(value) for q, value in zip(("p05", "p50", "p95"), at_3, strict=True)}
-
-
-def guidance_metrics(
-    accelerator: Accelerator, config: Config, rollout: Rollout, stats: DenoiseStats
-) -> dict[str, float]:
-    """What guidance did to a rollout and what correcting for it would take, over all ranks."""
-    decided_BC = rollout.decided_BC
-    log_c_BC = log_ratio(rollout, "token")
-    inside_BC = decided_BC & log_c_BC.isfinite()
-    inside = max(1.0, _sum(accelerator, inside_BC.sum().float()))
-    c_B = accelerator.gather(log_ratio(rollout, "sequence").exp())
-    weight_B = accelerator.gather(masked_mean(correction(rollout, config.objective), decided_BC))
-    metrics = {
-        "guidance/changed": _share(accelerator, stats.changed, stats.guided),
-        "guidance/delta_logp": -_sum(accelerator, torch.where(inside_BC, log_c_BC, 0.0).sum()) / inside,
-        "guidance/outside_support": 1 - inside / _sum(accelerator, decided_BC.sum().float()),
-        "correction/mean": weight_B.mean().item(),
-        "correction/ess_full": effective_sample_size(c_B).item(),
-        "correction/ess": effective_sample_size(weight_B).item(),
-    }
-    metrics |= quantiles(accelerator, "correction/token", log_c_BC[decided_BC].exp())
-    metrics |= quantiles(accelerator, "correction/sequence_log", log_ratio(rollout, "sequence").clamp(min=-1e3))
-    for quarter, pairs in stats.weight.items():  # all four on every rank, whether or not its rows got that far
-        w, n = (
-            (sum(values, torch.zeros(())) for values in zip(*pairs, strict=True)) if pairs else (torch.zeros(()),) * 2
-        )
-        if (hidden := _sum(accelerator, n)) > 0:
-            metrics[f"guidance/entropy_weight/q{quarter}"] = _sum(accelerator, w) / hidden
     return metrics
 
 
@@ -627,7 +592,7 @@ def global_rows(accelerator: Accelerator, B: int) -> range:
 def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], count: Tensor) -> None:
     """Sum gradients over ranks and divide by the global `count`: one flat exchange of adapter size."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-    flat = _reduce(accelerator, flat) / count
+    flat = reduce_sum(accelerator, flat) / count
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
 
@@ -638,36 +603,6 @@ def take(rollout: Rollout, rows: slice | Tensor) -> Rollout:
 
 def join(rollouts: list[Rollout]) -> Rollout:
     return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in vars(rollouts[0])})
-
-
-def rollout_metrics(
-    accelerator: Accelerator,
-    rollout: Rollout,
-    is_end: Callable[[Tensor], Tensor],
-    reward_B: Tensor,
-    parts: dict[str, Tensor],
-    G: int,
-) -> dict[str, float]:
-    """What the glossary in tracking.py says of rewards, lengths and guidance, over all ranks."""
-    mask_BC = rollout.completion_mask_BC
-    length_B = mask_BC.sum(1).float()
-    clipped_B = ~is_end(rollout.completion_BC).any(1)
-    all_B = accelerator.gather(reward_B.to(accelerator.device))
-    lengths_B = accelerator.gather(length_B)
-    metrics = {
-        "reward": all_B.mean().item(),
-        "reward_std": all_B.view(-1, G).std(1, correction=0).mean().item(),
-        "frac_reward_zero_std": zero_spread(all_B, G).float().mean().item(),
-        "completions/mean_length": lengths_B.mean().item(),
-        "completions/min_length": lengths_B.min().item(),
-        "completions/max_length": lengths_B.max().item(),
-        "completions/clipped_ratio": _mean(accelerator, clipped_B.float()),
-    }
-    for name, part_B in parts.items():
-        everywhere_B = accelerator.gather(part_B.to(accelerator.device))
-        metrics[f"rewards/{name}/mean"] = everywhere_B.mean().item()
-        metrics[f"rewards/{name}/std"] = everywhere_B.std(correction=0).item()
-    return metrics
 
 
 def completion_rows(scored: Scored) -> list[dict]:
@@ -695,27 +630,3 @@ def run_eval(parts: Parts, tracker: Tracker, step: int, clock: Clock) -> dict[st
         )
         tracker.table(step, "eval", result.rows)
     return result.metrics
-
-
-def _reduce(accelerator: Accelerator, value: Tensor) -> Tensor:
-    return accelerator.reduce(value, "sum") if accelerator.num_processes > 1 else value
-
-
-def _sum(accelerator: Accelerator, value: Tensor) -> float:
-    return float(_reduce(accelerator, value.to(accelerator.device)))
-
-
-def _counts(accelerator: Accelerator, values: list[int]) -> list[int]:
-    """Whole numbers added up over ranks, exactly, in one exchange."""
-    if accelerator.num_processes == 1:
-        return values
-    return _reduce(accelerator, torch.tensor(values, dtype=torch.int64, device=accelerator.device)).tolist()
-
-
-def _mean(accelerator: Accelerator, value_B: Tensor) -> float:
-    return _sum(accelerator, value_B.mean()) / accelerator.num_processes
-
-
-def _share(accelerator: Accelerator, part: list[Tensor], whole: list[Tensor]) -> float:
-    """The sum of the one over all ranks divided by that of the other."""
-    return _sum(accelerator, torch.stack(part).sum()) / max(1.0, _sum(accelerator, torch.stack(whole).sum()))
