@@ -85,7 +85,19 @@ ABLATION = {
         *"--guidance.kind none --rollout.block_length 10 --optim.learning_rate 8e-4".split()
     ),
 }
-SETS = {"main": MAIN, "ablation": ABLATION}
+# What is left of the recipe without its guidance, and with a correction for it.
+PARTS = {
+    "rgrl, unguided": ("rgrl", ["--guidance.kind", "none"]),
+    "rgrl, all guided": ("rgrl", ["--guidance.share", "1.0"]),
+    "rgrl, mask": ("rgrl", ["--objective.correction", "mask"]),
+    "rgrl, truncate": ("rgrl", ["--objective.correction", "truncate"]),
+    "rgrl, policy's support, truncate": (
+        "rgrl",
+        ["--guidance.support", "policy", "--objective.correction", "truncate"],
+    ),
+    "likelihood, KL": ("likelihood", ["--objective.beta", "0.1"]),
+}
+SETS = {"main": MAIN, "ablation": ABLATION, "parts": PARTS}
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
