@@ -23,7 +23,10 @@ from rgrl.trainer import Clock, Parts, roll_out, rollout_step, set_up, update_st
 
 RECIPE = Path(__file__).with_name("rgrl.yaml")
 # Guided and exact, whatever the recipe says; the rate is so low that the updates leave the policy what it is.
-PLAIN = "--guidance.kind entrgi --guidance.share 1 --rollout.block_length 0 --optim.learning_rate 1e-12".split()
+PLAIN = (
+    "--guidance.kind entrgi --guidance.share 1 --rollout.block_length 0 --objective.iterations 1 "
+    "--optim.learning_rate 1e-12"
+).split()
 VARIANTS = {
     "exact": [],
     "unguided": ["--guidance.kind", "none"],
