@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -155,6 +156,14 @@ def test_processes_that_share_weights_may_read_the_policy_unequally_often(tiny, 
     idle, busy = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert idle["calls"] == busy["calls"] == 3, "whoever has nothing to read keeps step"
     assert idle["apart"] == idle["largest"] == 0 and busy["apart"] < 1e-6 < 1e-2 < busy["largest"]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_too_long_for_its_share_gives_up(tiny, tmp_path):
+    config = write(tiny, tmp_path / "config.yaml")
+    begun = time.monotonic()
+    printed = finish(start(TESTS / "launched_lockstep.py", config, tmp_path, "sleep", processes=2), 1)
+    assert "Timed out waiting 20000ms" in printed and time.monotonic() - begun < 120
 
 
 @pytest.mark.slow
