@@ -179,6 +179,13 @@ def test_an_evaluation_of_fewer_prompts_than_processes_ends(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_sampling_in_several_processes_is_refused(tiny, tmp_path):
+    config = write(tiny, tmp_path / "config.yaml")
+    printed = finish(start(REPO / "recipes" / "sample.py", "--config", config, processes=2), 1)
+    assert printed.count("error: sampling runs in one process, and 2 were started") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "processes"), [("multi_node", 2), ("fsdp2", 4)])
 def test_two_machines_make_the_step_of_one(reviews, whole, tmp_path, config, processes):
     """Two launchers that know of each other only through an address, as on two machines."""
