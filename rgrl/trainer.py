@@ -333,7 +333,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
     add_lora(policy, config.lora, config.run.seed).eval()
     if size > 1:
-        policy.shard(device, size)
+        policy.shard(device, size, timedelta(minutes=config.run.timeout_minutes))
     check_gradients(policy)
     if config.run.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,10 +1,13 @@
 """Two processes share a policy's weights and read it a different number of times, with gradients.
 
-launched_lockstep.py CONFIG OUT writes to OUT/rank_R.json how far the gradient is from that of whole weights.
+launched_lockstep.py CONFIG OUT writes to OUT/rank_R.json how far the gradient is from that of whole weights. With a
+third word the second process then goes to sleep, and the first reads once more.
 """
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ def gradient(policy: Policy, readings: int) -> dict[str, torch.Tensor]:
     return kept
 
 
-def compare(config: Config, accelerator: Accelerator) -> dict[str, float]:
+def compare(config: Config, accelerator: Accelerator) -> tuple[Policy, dict[str, float]]:
     policy = add_lora(load_policy(config.model), config.lora, seed=0)
     for p in adapter_parameters(policy).values():
         p.data.copy_(torch.arange(p.numel()).sin().view_as(p) * 0.1)
@@ -40,15 +43,19 @@ def compare(config: Config, accelerator: Accelerator) -> dict[str, float]:
     whole = gradient(policy, readings)
     calls: list[int] = []
     policy.causal_lm.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    policy.shard(accelerator.device, accelerator.num_processes)
+    policy.shard(accelerator.device, accelerator.num_processes, timedelta(seconds=20))
     shared = gradient(policy, readings)
     apart = max(float((shared[name] - g).abs().max()) for name, g in whole.items())
-    return {"calls": len(calls), "apart": apart, "largest": max(float(g.abs().max()) for g in whole.values())}
+    return policy, {"calls": len(calls), "apart": apart, "largest": max(float(g.abs().max()) for g in whole.values())}
 
 
 if __name__ == "__main__":
     config = load_config(sys.argv[1])
     accelerator = join_processes(config)
-    told = compare(config, accelerator)
+    policy, told = compare(config, accelerator)
     (Path(sys.argv[2]) / f"rank_{accelerator.process_index}.json").write_text(json.dumps(told))
+    if len(sys.argv) > 3:
+        if accelerator.process_index == 1:
+            time.sleep(600)
+        gradient(policy, 1)
     accelerator.end_training()

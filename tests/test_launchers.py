@@ -51,6 +51,18 @@ def test_every_config_of_one_machine_trains_to_the_same_adapter(tiny, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
+def test_shared_bfloat16_weights_train_a_float32_adapter_to_the_same_bytes(tiny, tmp_path):
+    for section in ("model", "reward", "judge"):
+        tiny[section]["dtype"] = "bfloat16"
+    for name in ("cpu", "fsdp2"):
+        tiny["run"]["output_dir"] = str(tmp_path / name)
+        launcher = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--num_processes", "2"]
+        finish(start(TRAIN, "--config", write(tiny, tmp_path / "config.yaml"), launcher=launcher))
+    assert adapter(tmp_path / "cpu", 2) == adapter(tmp_path / "fsdp2", 2) != adapter(tmp_path / "cpu", 1)
+    assert untimed(tmp_path / "cpu") == untimed(tmp_path / "fsdp2")
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -41,8 +41,8 @@ def test_every_rgrl_command_of_the_readme_runs_in_the_order_given(tmp_path):
         else:
             if "--run.output_dir" not in words:
                 words += ["--run.output_dir", str(tmp_path / "run")]
-            else:
-                words[words.index("--run.output_dir") + 1] = str(tmp_path / "other")
+            at = words.index("--run.output_dir") + 1
+            words[at] = str(tmp_path / words[at])
             words += ["--run.steps", "1", "--data.eval_prompts", "8"]
         done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -188,9 +189,9 @@ class Policy(nn.Module):
         """Within it, the adapter is off: the frozen base model."""
         return self.peft_model.disable_adapter() if self.peft_model is not None else nullcontext()
 
-    def shard(self, device: torch.device, size: int) -> None:
+    def shard(self, device: torch.device, size: int, timeout: timedelta | None = None) -> None:
         """Move to `device`, the frozen layers in pieces among `size` neighbouring processes. Collective."""
-        self.lockstep = shard_layers(self.causal_lm.model, device, size)
+        self.lockstep = shard_layers(self.causal_lm.model, device, size, timeout)
         self.causal_lm.to(device)
 
     def in_step(self) -> AbstractContextManager[list[Tensor]]:

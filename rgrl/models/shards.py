@@ -8,11 +8,12 @@ are not shared, and machines exchange no weights.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -55,17 +56,19 @@ class Lockstep:
                 spare.append(states_11H[:0].sum())
 
 
-def shard_layers(body: nn.Module, device: torch.device, size: int) -> Lockstep:
+def shard_layers(body: nn.Module, device: torch.device, size: int, timeout: timedelta | None = None) -> Lockstep:
     """Cut the frozen weights of `body.layers` in place among groups of `size` neighbouring processes. Collective.
 
-    `body` may be anywhere; its layers come to `device` one by one.
+    `body` may be anywhere; its layers come to `device` one by one. A process that waits for another of its group
+    longer than `timeout` (None: torch's own) gives up.
     """
-    shape = (dist.get_world_size() // size, size)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("machine", "process"))["process"]
+    machines = torch.arange(dist.get_world_size()).view(-1, size).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(machines, timeout=timeout)
+    mesh = DeviceMesh.from_group(group, device.type)
     for layer in body.layers:
         trained = {p for p in layer.parameters() if p.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
     # The root owns no weights; with it the layers are fetched one ahead.
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if not isinstance(p, DTensor)})
     body.to(device)
-    return Lockstep(body, mesh.get_group(), device)
+    return Lockstep(body, group, device)
