@@ -29,10 +29,6 @@ export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES)
 if [[ $SHARE_WEIGHTS == true ]]; then
   export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_CPU_RAM_EFFICIENT_LOADING=false
 fi
-resume=()
-if compgen -G "$OUTPUT_DIR/checkpoints/step_*" > /dev/null; then
-  resume=(--run.resume_from_checkpoint latest)
-fi
 
 # The processes answer these signals; this script waits for them.
 trap : USR1 TERM
@@ -41,7 +37,7 @@ code=0
 # take the others with it: the main one may still be saving, and without one of theirs they end after their time limit.
 # shellcheck disable=SC2016 # each task expands its own
 srun --kill-on-bad-exit=0 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec python "$@"' task \
-  recipes/train.py --config "$CONFIG" --run.output_dir "$OUTPUT_DIR" "${resume[@]}" "$@" || code=$?
+  recipes/train.py --config "$CONFIG" --run.output_dir "$OUTPUT_DIR" --run.resume_from_checkpoint auto "$@" || code=$?
 if ((code == REQUEUE_CODE)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi
