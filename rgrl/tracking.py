@@ -5,7 +5,6 @@ import math
 import os
 import secrets
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ METRICS = {
 TIMING = ("step_time", "time/")  # the metrics that two identical runs may differ in
 
 
-WANDB_PATIENCE = 120.0  # seconds that the end of a run waits for W&B to take what it still has
+WANDB_PATIENCE = 120.0  # seconds that the end of a run waits for W&B to take what is left
 
 
 def warn(text: str) -> None:
@@ -164,19 +163,16 @@ class Tracker:
             self._with_wandb(lambda: self.wandb.log(table, step=step))
 
     def close(self) -> None:
-        """End W&B's run, but wait no longer than `WANDB_PATIENCE` for a server that does not answer."""
-        if self.wandb is None:
-            return
-        ending = threading.Thread(target=self._with_wandb, args=(self.wandb.finish,), daemon=True)
-        ending.start()
-        ending.join(WANDB_PATIENCE)
-        if ending.is_alive():
-            warn(f"W&B has not taken everything: send the rest with `wandb sync {self.folder / 'wandb'}/*run-*`")
+        """End W&B's run."""
+        if self.wandb is not None:
+            self._with_wandb(self.wandb.finish)
 
     def _with_wandb(self, call: Callable[[], object]) -> None:
         """A convenience must not end a run, and what it raises has no common base: say so once, go on without it."""
         try:
             call()
+        except TimeoutError:
+            warn(f"W&B has not taken everything: send the rest with `wandb sync {self.folder / 'wandb'}/run-*`")
         except Exception as error:
             self.wandb = None
             warn(
@@ -215,7 +211,7 @@ def _start_wandb(config: Config) -> Any:
             dir=str(folder),
             config=to_dict(config),
             mode=mode,
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, finish_timeout=WANDB_PATIENCE, finish_timeout_raises=True),
         )
 
     try:

@@ -63,7 +63,13 @@ def settings(folder: Path, steps: int, processes: int) -> Path:
         "rollout": {"num_generations": 2, "max_completion_length": 8, "steps": 4},
         "objective": {"name": "kills:objective", "beta": 0.01},
         "optim": {"learning_rate": 1e-3, "schedule": "linear"},
-        "run": {"steps": steps, "save_steps": 2, "eval_steps": 7, "prompts_per_device": 2 // processes},
+        "run": {
+            "steps": steps,
+            "save_steps": 2,
+            "eval_steps": 7,
+            "prompts_per_device": 2 // processes,
+            "timeout_minutes": 0.5,  # for a rank that waits for one that was killed before they met
+        },
         "tracking": {"wandb": False, "completions_steps": 5},
     }
     return write(tree | {"run": tree["run"] | {"output_dir": "set below"}}, folder / "config.yaml")

@@ -368,15 +368,20 @@ def test_the_limit_rings_in_the_main_thread_and_leaves_the_alarm_as_it_was():
         signal.signal(signal.SIGALRM, before)
 
 
+def impatient(folder: Path, module: str, **constants: float) -> Path:
+    """recipes/train.py with shorter waits in a module."""
+    lines = ["import runpy, sys", f"import {module} as module", f"vars(module).update({constants})"]
+    lines += [f"sys.argv[0] = {str(TRAIN)!r}", f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')"]
+    script = folder / "impatient.py"
+    script.write_text("\n".join(lines))
+    return script
+
+
 @pytest.mark.slow
 def test_what_nothing_can_interrupt_ends_the_process_and_shows_where(risky, tmp_path):
     risky["reward"]["time_limit"] = 1.0
     config = write(risky, tmp_path / "config.yaml")
-    script = tmp_path / "impatient.py"
-    script.write_text(
-        "import runpy, sys, rgrl.rewards.limits as limits\n"
-        f"limits.GRACE = 2.0\nsys.argv[0] = {str(TRAIN)!r}\nrunpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
-    )
+    script = impatient(tmp_path, "rgrl.rewards.limits", GRACE=2.0)
     process = start(script, "--config", config, FAULT="reward:3:0:hang")
     printed = finish(process, 1)
     assert "Timeout" in printed and "in hang_in_c" in printed

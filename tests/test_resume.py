@@ -283,7 +283,7 @@ def test_saving_after_every_step_delays_none_by_more_than_5_percent(tmp_path):
     """The default recipe with and without: the same steps, each timed several times."""
     recipe = REPO / "recipes" / "reviews" / "rgrl.yaml"
     config = yaml.safe_load(recipe.read_text())
-    config["run"] |= {"steps": 8, "eval_steps": 0, "prompts_per_device": 2}
+    config["run"] |= {"steps": 6, "eval_steps": 0, "prompts_per_device": 2}
     config["tracking"] = {"wandb": False, "completions_steps": 0}
     for section in ("model", "data", "reward", "judge"):
         config[section] |= {k: str(REPO / v) for k, v in config[section].items() if k.endswith("path")}
