@@ -145,7 +145,7 @@ def kill_once(
 def run(kills: int, processes: int, seed: int, folder: Path) -> Counter:
     """Do it all in `folder`; returns how many kills fell into which phase. Raises `AssertionError`."""
     draw = random.Random(seed)
-    steps = 10 + 5 * kills
+    steps = 10 + 3 * kills
     config = settings(folder, steps, processes)
     whole, broken = folder / "whole", folder / "broken"
     for rank, text in zip(
