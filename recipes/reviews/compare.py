@@ -32,7 +32,7 @@ from rgrl.trainer import Clock, rollout_step, set_up, update_step
 HERE = Path(__file__).parent
 REFERENCE = "diffu_grpo"
 # name -> (recipe, overrides)
-MAIN = {name: (name, []) for name in ("likelihood", "aps_likelihood", REFERENCE, "rgrl")}
+MAIN = {name: (name, []) for name in ("likelihood", "aps_likelihood", REFERENCE, "guided", "rgrl")}
 # What the ablation starts from, whatever the shipped recipe has become: each line changes one thing, or says which.
 PLAIN = (
     "--objective.name reinforce --objective.estimator one_step --objective.iterations 1 --objective.correction none "
@@ -50,54 +50,26 @@ BOTH = [*FOUR, "--guidance.share", "0.5", "--rollout.block_length", "10"]
 ABLATION = {
     "plain": changed(),
     "unguided": changed("--guidance.kind", "none"),
-    "likelihood, KL": changed("--objective.name", "likelihood"),
-    "truncate": changed("--objective.correction", "truncate"),
-    "mask": changed("--objective.correction", "mask"),
     "half guided": changed("--guidance.share", "0.5"),
     "half guided, truncate": changed("--guidance.share", "0.5", "--objective.correction", "truncate"),
-    "coupled": changed("--objective.estimator", "coupled", "--objective.draws", "1"),
-    "trajectory, 4 steps": changed("--objective.estimator", "trajectory_sampled", "--objective.draws", "4"),
-    "grpo, 2 updates": changed("--objective.name", "grpo", "--objective.iterations", "2"),
-    "grpo, 4 updates": changed(*FOUR),
-    "blocks of 10": changed("--rollout.block_length", "10"),
+    "4 updates": changed(*FOUR),
     "unguided, 4 updates": changed(*FOUR, "--guidance.kind", "none"),
     "half guided, 4 updates": changed(*FOUR, "--guidance.share", "0.5"),
-    "half guided, 4 updates, mask": changed(*FOUR, "--guidance.share", "0.5", "--objective.correction", "mask"),
     "half guided, 4 updates, blocks": changed(*BOTH),
     "half guided, 4 updates, blocks, falling rate": changed(*BOTH, "--optim.schedule", "linear"),
     "half guided, 4 updates, blocks, falling rate, double KL": changed(
         *BOTH, "--optim.schedule", "linear", "--objective.beta", "0.15"
     ),
-    "unguided, 4 updates, blocks, falling rate": changed(
-        *FOUR, *"--guidance.kind none --rollout.block_length 10 --optim.schedule linear".split()
-    ),
-    "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
-    "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
-    "half guided, blocks": changed("--guidance.share", "0.5", "--rollout.block_length", "10"),
-    "fading": changed("--guidance.eta_final", "0.0"),
     "fading, half guided, blocks": changed(
         "--guidance.eta_final", "0.0", "--guidance.share", "0.5", "--rollout.block_length", "10"
     ),
-    "fading, half guided, blocks, double rate": changed(
-        *"--guidance.eta_final 0 --guidance.share 0.5 --rollout.block_length 10 --optim.learning_rate 8e-4".split()
-    ),
+    "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
+    "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
     "unguided, blocks, double rate": changed(
         *"--guidance.kind none --rollout.block_length 10 --optim.learning_rate 8e-4".split()
     ),
 }
-# What is left of the recipe without its guidance, and with a correction for it.
-PARTS = {
-    "rgrl, unguided": ("rgrl", ["--guidance.kind", "none"]),
-    "rgrl, all guided": ("rgrl", ["--guidance.share", "1.0"]),
-    "rgrl, mask": ("rgrl", ["--objective.correction", "mask"]),
-    "rgrl, truncate": ("rgrl", ["--objective.correction", "truncate"]),
-    "rgrl, policy's support, truncate": (
-        "rgrl",
-        ["--guidance.support", "policy", "--objective.correction", "truncate"],
-    ),
-    "likelihood, KL": ("likelihood", ["--objective.beta", "0.1"]),
-}
-SETS = {"main": MAIN, "ablation": ABLATION, "parts": PARTS}
+SETS = {"main": MAIN, "ablation": ABLATION}
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
