@@ -45,11 +45,11 @@ def free_port() -> str:
 
 
 def leave_at_call(prompts, completions, rows):
-    """A reward that ends every process as one that was asked to stop would, at the call of the environment."""
+    """A reward that asks its own process to stop, as a scheduler would, at the call of the environment."""
     global _calls
     _calls += 1
     if str(_calls) == os.environ.get("LEAVE_AT"):
-        os._exit(75)
+        os.kill(os.getpid(), signal.SIGUSR1)
     return [0.1 * len(text) for text in completions]
 
 
