@@ -1,7 +1,7 @@
 """Save a run's state while it goes on, and load only what is whole.
 
 A checkpoint is a folder `checkpoints/step_000100/` with `adapter/` in peft's own format, `state.pt` (optimizer,
-schedule, global random state of each rank), `progress.json`, `config.yaml`, `about.json` (processes, prompts and
+global random state of each rank), `progress.json`, `config.yaml`, `about.json` (processes, prompts and
 library versions it was made with) and `manifest.json`, which has the size and the SHA-256 of every other file. It is
 written under another name, flushed to the disk and renamed, and then the file `checkpoints/latest` is replaced by one
 that names it. So a folder of this name is whole unless somebody or the disk changed it, which the manifest tells.
@@ -64,7 +64,7 @@ class Snapshot:
 
     adapter: dict[str, torch.Tensor]
     adapter_config: dict[str, Any]
-    state: dict[str, Any]  # optimizer, schedule, and `rng`, a list with one state a rank
+    state: dict[str, Any]  # `optimizer`, and `rng`, a list with one state a rank
     progress: Progress
     about: dict[str, Any]
 
@@ -218,7 +218,6 @@ class Saver:
         accelerator: Accelerator,
         policy: Policy,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
         progress: Progress,
         prompts: str,
         lines_written: bool,
@@ -228,7 +227,7 @@ class Saver:
         `prompts` is the fingerprint of the training prompts. `lines_written` tells whether the metrics up to here are
         on the disk: a checkpoint without them would make a resumed run lack a line, so none is written.
         """
-        snapshot = take_snapshot(accelerator, policy, optimizer, schedule, progress, prompts)
+        snapshot = take_snapshot(accelerator, policy, optimizer, progress, prompts)
         if not accelerator.is_main_process:
             return
         self.wait()
@@ -257,7 +256,6 @@ def take_snapshot(
     accelerator: Accelerator,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress,
     prompts: str,
 ) -> Snapshot:
@@ -265,14 +263,14 @@ def take_snapshot(
     assert policy.peft_model is not None
     adapter = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False)
     config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
-    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
     about = {
         "processes": accelerator.num_processes,
         "prompts": prompts,
         "versions": _versions(),
     }
-    return Snapshot(_copied(adapter), config, _copied(state) | {"rng": rng}, replace(progress), about)
+    state = {"optimizer": _copied(optimizer.state_dict()), "rng": rng}
+    return Snapshot(_copied(adapter), config, state, replace(progress), about)
 
 
 def _versions() -> dict[str, str]:
@@ -385,7 +383,6 @@ def load(
     accelerator: Accelerator,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
     seed: int,
 ) -> Progress:
     """Restore everything `Saver` wrote; the rate and the weight decay follow the config. Raises `ConfigError`.
@@ -396,11 +393,6 @@ def load(
     load_adapter(folder, policy)
     state = _read(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
     optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-    done, base = state["schedule"]["last_epoch"], schedule.base_lrs
-    rates = [lr * share(done) for lr, share in zip(base, schedule.lr_lambdas, strict=True)]
-    schedule.load_state_dict(state["schedule"] | {"base_lrs": base, "_last_lr": rates})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     progress = _read(folder / "progress.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8"))))
     if len(state["rng"]) == accelerator.num_processes:
         set_global_state(state["rng"][accelerator.process_index])

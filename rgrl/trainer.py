@@ -5,6 +5,7 @@ exchanges nothing but adapter gradients, a handful of sums and, where it has par
 """
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,6 @@ class Parts:
     stream: PromptStream
     eval_prompts: Prompts | None
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
 
 
 @dataclass
@@ -113,7 +113,7 @@ def train(config: Config) -> tuple[Path, bool]:
         progress = Progress()
         if resume is not None:
             check_prompts(resume, parts.stream.fingerprint())
-            progress = load(resume, accelerator, parts.policy, parts.optimizer, parts.schedule, config.run.seed)
+            progress = load(resume, accelerator, parts.policy, parts.optimizer, config.run.seed)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
         output, requeue = Path(config.run.output_dir), Path(config.run.output_dir) / "requeue"
         try:
@@ -165,7 +165,6 @@ def run_steps(
                 accelerator,
                 parts.policy,
                 parts.optimizer,
-                parts.schedule,
                 progress,
                 fingerprint,
                 tracker.flush(),
@@ -340,10 +339,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     parameters = list(adapter_parameters(policy).values())
     o = config.optim
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
-    updates = config.run.steps * config.objective.iterations
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: rate_at(n, updates, o.warmup_steps, o.schedule))
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
-    return Parts(config, accelerator, policy, rewards, guide, judge, stream, eval_prompts, optimizer, schedule)
+    return Parts(config, accelerator, policy, rewards, guide, judge, stream, eval_prompts, optimizer)
 
 
 def check_objective(config: Config) -> None:
@@ -372,16 +369,14 @@ def check_objective(config: Config) -> None:
         raise ConfigError(f"`objective.name: {o.name}` takes no correction: set `objective.correction: none`")
 
 
-def rate_at(update: int, updates: int, warmup: int, schedule: str) -> float:
-    """Learning rate of an update as a share of the peak: linear warm-up, then the schedule down to 0."""
-    if update < warmup:
-        return (update + 1) / warmup
-    done = (update - warmup) / max(1, updates - warmup)
-    if schedule == "linear":
-        return max(0.0, 1 - done)
-    if schedule == "cosine":
-        return 0.5 * (1 + float(torch.cos(torch.tensor(min(1.0, done) * torch.pi))))
-    return 1.0
+def learning_rate(config: Config, update: int) -> float:
+    """Of an update, counted from 0 over the whole run: linear warm-up, then the schedule down to 0."""
+    o, updates = config.optim, config.run.steps * config.objective.iterations
+    if update < o.warmup_steps:
+        return o.learning_rate * (update + 1) / o.warmup_steps
+    done = (update - o.warmup_steps) / max(1, updates - o.warmup_steps)
+    shares = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return o.learning_rate * shares[o.schedule]
 
 
 def release(config: Config, end_of: str) -> None:
@@ -534,7 +529,10 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
             count = totals.pop("n").clamp(min=1.0)
             share_gradients(accelerator, parameters, count)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+            rate = learning_rate(config, step * config.objective.iterations + iteration)
             if bool((norm + totals["loss"]).isfinite()):
+                for group in parts.optimizer.param_groups:
+                    group["lr"] = rate
                 parts.optimizer.step()
                 progress.skipped_in_a_row = 0
             else:
@@ -546,10 +544,9 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                         f"{progress.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                         f"(`run.max_skipped`); their batches are in {Path(config.run.output_dir) / 'skipped'}"
                     )
-            metrics["learning_rate"] = parts.schedule.get_last_lr()[0]
             parts.optimizer.zero_grad(set_to_none=True)
-            parts.schedule.step()
             metrics |= {name: float(total / count) for name, total in totals.items()}
+            metrics["learning_rate"] = rate
             metrics["grad_norm"] = float(norm)
             metrics["grad_norm_clipped"] = min(float(norm), config.optim.max_grad_norm)
             for name, values in samples.items():

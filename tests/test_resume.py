@@ -8,6 +8,7 @@ import shutil
 import signal
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from safetensors.torch import load_file
 
 from rgrl import checkpoint
 from rgrl.checkpoint import checkpoints, damage, load_adapter
-from rgrl.config import ConfigError, load_config
+from rgrl.config import ConfigError, OptimConfig, load_config
 from rgrl.models import add_lora, load_policy
 from rgrl.models.families import FAMILIES
 from rgrl.tracking import read_metrics
-from rgrl.trainer import train
+from rgrl.trainer import learning_rate, train
 
 VARIANTS = {
     "everything": {
@@ -156,6 +157,26 @@ def test_resumed_run_follows_its_own_learning_rate(tiny, tmp_path):
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("constant", 4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", 0, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("linear", 4, [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 4, [0.25, 0.5, 0.75, 1, 1, 0.853553, 0.5, 0.146447]),
+        ("cosine", 20, [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4]),
+    ],
+)
+def test_the_learning_rate_of_each_update(schedule, warmup, expected):
+    optim = OptimConfig(learning_rate=2.0, schedule=schedule, warmup_steps=warmup)
+    config = replace(
+        load_config(REPO / "recipes" / "reviews" / "rgrl.yaml", ["--run.steps", "2", "--objective.iterations", "4"]),
+        optim=optim,
+    )
+    assert [learning_rate(config, n) / 2 for n in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
 CONTENT = [
     "about.json",
     "adapter/adapter_config.json",
@@ -186,7 +207,7 @@ def test_a_checkpoint_is_what_the_run_needs_and_nothing_else(tiny, tmp_path, dre
     assert about["processes"] == 1 and about["prompts"].startswith("6 prompts (SHA-256 ")
     assert about["versions"]["torch"] == importlib.metadata.version("torch")
     state = torch.load(folder / "state.pt", weights_only=True)
-    assert set(state) == {"optimizer", "schedule", "rng"} and set(state["rng"][0]) >= {"torch", "python", "numpy"}
+    assert set(state) == {"optimizer", "rng"} and set(state["rng"][0]) >= {"torch", "python", "numpy"}
     weights = sum(t.numel() * 4 for t in load_file(folder / "adapter" / "adapter_model.safetensors").values())
     size = sum((folder / name).stat().st_size for name in files(folder))
     # The adapter and Adam's two moments; the frozen base, larger by far, is not in it.
