@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from rgrl.config import ConfigError, load_config
-from rgrl.trainer import Clock, join_processes, rollout_step, set_up
+from rgrl.parts import join_processes, set_up
+from rgrl.step import Clock, rollout_step
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 

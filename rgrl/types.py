@@ -58,6 +58,15 @@ class Rollout:
         for name in ("completion_mask_BC", "unmask_step_BC", "behaviour_logp_BC", "policy_logp_BC"):
             _expect(getattr(self, name), (B, C), name)
 
+    def rows(self, index: slice | Tensor) -> "Rollout":
+        """Those rows, as a slice or by number (int64)."""
+        return Rollout(**{name: value[index] for name, value in vars(self).items()})
+
+    @staticmethod
+    def join(rollouts: list["Rollout"]) -> "Rollout":
+        """The rows of all of them, one after another."""
+        return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in vars(rollouts[0])})
+
     @property
     def completion_BC(self) -> Tensor:
         return self.canvas_BL[:, -self.completion_mask_BC.shape[1] :]

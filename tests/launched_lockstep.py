@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from rgrl.config import Config, load_config
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters
-from rgrl.trainer import join_processes
+from rgrl.parts import join_processes
 
 
 def gradient(policy: Policy, readings: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ from rgrl.checkpoint import Progress
 from rgrl.config import Config, load_config
 from rgrl.evaluation import evaluate
 from rgrl.models.lora import adapter_parameters
-from rgrl.trainer import Clock, join_processes, rollout_step, set_up, update_step
+from rgrl.parts import join_processes, set_up
+from rgrl.step import Clock, rollout_step, update_step
 
 
 def step(config: Config) -> tuple[dict[str, Tensor], dict]:

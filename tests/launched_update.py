@@ -14,7 +14,8 @@ from torch import Tensor
 from rgrl.checkpoint import Progress
 from rgrl.config import Config, load_config
 from rgrl.models.lora import adapter_parameters
-from rgrl.trainer import Clock, Scored, join_processes, set_up, take, update_step
+from rgrl.parts import join_processes, set_up
+from rgrl.step import Clock, Scored, update_step
 from rgrl.types import Prompts, Rollout
 
 ROWS, PROMPT = 8, 6
@@ -59,7 +60,7 @@ def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
     everything, advantage_B = rows(config.rollout.max_completion_length)
     share = ROWS // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    scored = Scored(Prompts([], []), take(everything, mine), [], torch.zeros(share), {}, advantage_B[mine], {})
+    scored = Scored(Prompts([], []), everything.rows(mine), [], torch.zeros(share), {}, advantage_B[mine], {})
     metrics = update_step(parts, scored, 0, Progress(), Clock())
     left |= {f"adapter {name}": p.detach().clone() for name, p in parameters.items()}
     return left, metrics | {"forwards": len(forwards), "ranks": accelerator.num_processes}

@@ -8,7 +8,10 @@ from accelerate import Accelerator
 from processes import untimed, write
 
 from rgrl.config import GuidanceConfig, load_config
-from rgrl.trainer import Clock, guidance_at, quantiles, roll_out, set_up, train
+from rgrl.metrics import quantiles
+from rgrl.parts import set_up
+from rgrl.step import Clock, guidance_at, roll_out
+from rgrl.trainer import train
 
 
 @pytest.fixture

@@ -25,13 +25,14 @@ LAYERS = [
         "logprobs",
         "objectives",
     },
-    {"checkpoint", "evaluation", "metrics", "report", "stopping"},
+    {"checkpoint", "evaluation", "metrics", "parts", "report", "stopping"},
+    {"step"},
     {"trainer"},
     {"cli"},
 ]
 # Plain torch: models and rewards arrive as arguments.
 PURE = {"corrections", "guidance", "sampling", "denoise", "advantages", "logprobs", "objectives"}
-MAY_ACCELERATE = {"checkpoint", "evaluation", "metrics", "tracking", "trainer"}
+MAY_ACCELERATE = {"checkpoint", "evaluation", "metrics", "parts", "step", "tracking", "trainer"}
 
 
 def part_of(module):

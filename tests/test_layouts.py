@@ -14,7 +14,8 @@ from processes import TESTS, finish, free_port, start, write
 from safetensors.torch import load_file
 
 from rgrl.config import load_config
-from rgrl.trainer import Clock, rollout_step, set_up
+from rgrl.parts import set_up
+from rgrl.step import Clock, rollout_step
 
 sys.path.insert(0, str(REPO / "recipes"))
 import bench

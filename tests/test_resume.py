@@ -24,8 +24,9 @@ from rgrl.checkpoint import checkpoints, damage, load_adapter
 from rgrl.config import ConfigError, OptimConfig, load_config
 from rgrl.models import add_lora, load_policy
 from rgrl.models.families import FAMILIES
+from rgrl.step import learning_rate
 from rgrl.tracking import read_metrics
-from rgrl.trainer import learning_rate, train
+from rgrl.trainer import train
 
 VARIANTS = {
     "everything": {

@@ -26,8 +26,9 @@ from accelerate import Accelerator
 from rgrl.checkpoint import Progress
 from rgrl.config import load_config
 from rgrl.data import PromptStream
+from rgrl.parts import set_up
+from rgrl.step import Clock, rollout_step, update_step
 from rgrl.tracking import read_metrics
-from rgrl.trainer import Clock, rollout_step, set_up, update_step
 
 HERE = Path(__file__).parent
 REFERENCE = "diffu_grpo"

@@ -19,7 +19,8 @@ from rgrl.checkpoint import Progress
 from rgrl.config import load_config
 from rgrl.data import PromptStream
 from rgrl.evaluation import distinct_2
-from rgrl.trainer import Clock, Parts, roll_out, rollout_step, set_up, update_step
+from rgrl.parts import Parts, set_up
+from rgrl.step import Clock, roll_out, rollout_step, update_step
 
 RECIPE = Path(__file__).with_name("rgrl.yaml")
 # Guided and exact, whatever the recipe says; the rate is so low that the updates leave the policy what it is.
