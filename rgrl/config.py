@@ -148,8 +148,8 @@ class RolloutConfig:
     """Approximation: a step also commits every position whose best token has a probability above this, so that there
     are fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
     block_length: int = 0
-    """Approximation: write this many tokens at a time from left to right, reading what stands before them only at the
-    first step of each block (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
+    """Approximation: write this many tokens at a time from left to right, reading what stands before them anew only
+    when a block begins (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
 
 
 @dataclass

@@ -119,18 +119,18 @@ def denoise(
     # The canvases of a group are identical until their first tokens, so the first step reads one of each.
     row_U, group_B = first_occurrences(torch.cat([canvas_BL, attention_BL], 1))
     rows_A = torch.arange(B, device=device)  # the rows that are still written
+    prefix = PrefixCache(0)
     # Asking a GPU what it has found makes it wait, so there rows leave only where the option asks anyway.
     look = device.type == "cpu" or config.commit_above < 1
     steered = guidance is not None and guidance.config.kind != "none"
     for t, (first, end, left, k) in enumerate(write_schedule(C, config.steps, config.block_length)):
         if k == 0:
             continue
-        N, new_block = len(rows_A) * left, left == end - first  # known without asking, if every row hides `left`
+        N = len(rows_A) * left  # known without asking, if every row hides `left`
         if look and t > 0:
             masked_BC &= unfinished(completion_BC, masked_BC, is_end)[:, None]
-            staying_A = masked_BC.any(1).nonzero()[:, 0]
-            new_block |= len(staying_A) < len(rows_A)  # what was kept is of other rows
-            rows_A, N = staying_A, int(masked_BC[:, :end].sum())
+            keep_A = masked_BC[rows_A].any(1)
+            rows_A, prefix, N = rows_A[keep_A], prefix.rows(keep_A), int(masked_BC[:, :end].sum())
             if N == 0:
                 continue
         hidden_N = masked_BC[rows_A, :end].flatten().sort(descending=True, stable=True).indices[:N]
@@ -143,7 +143,7 @@ def denoise(
             logits_NV = logits(canvas_BL[row_U], attention_BL[row_U], at_UC.flatten())
             logits_NV = logits_NV.unflatten(0, at_UC.shape)[group_B].flatten(0, 1)
         elif config.block_length:
-            if new_block or t == 1:
+            if left == end - first or t == 1:  # a new block, or the first reading of every row
                 prefix = PrefixCache(width + first - 1)  # the state before the block scores its first token
             at_N = row_N * L + width + place_N
             logits_NV = logits(canvas_BL[rows_A], attention_BL[rows_A], at_N, prefix)

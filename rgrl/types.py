@@ -91,6 +91,10 @@ class PrefixCache:
     length: int
     layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # empty: the next reading is whole and fills it
 
+    def rows(self, keep_B: Tensor) -> "PrefixCache":
+        """Of some rows (bool)."""
+        return PrefixCache(self.length, [(keys[keep_B], values[keep_B]) for keys, values in self.layers])
+
 
 @dataclass(frozen=True)
 class NoiseDraw:

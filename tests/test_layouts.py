@@ -99,6 +99,21 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
     assert (told["calls"] == whole[1]["calls"]) == (calls == 1)
 
 
+def test_what_is_kept_of_a_block_does_not_depend_on_the_rows_beside_it(reviews, tmp_path):
+    rollouts = []
+    for micro_batch in (0, 1, 3):
+        sections = {"rollout": {"block_length": 6, "micro_batch": micro_batch}, "run": {"prompts_per_device": 12}}
+        config = changed(reviews, **sections) | {"guidance": {"kind": "none"}}  # which makes much of the last digits
+        parts = set_up(load_config(write(config, tmp_path / "config.yaml")), Accelerator())
+        rollouts.append(vars(rollout_step(parts, 0, Clock()).rollout))
+    whole, *others = rollouts
+    last_B = torch.where(whole["completion_mask_BC"], whole["unmask_step_BC"], -1).amax(1)
+    assert (last_B % 6 < 5).sum() >= 2, "no rows that end inside a block"
+    for other in others:
+        for name, value in whole.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: name)
+
+
 def test_micro_batches_bound_the_memory_of_a_rollout(reviews, tmp_path):
     peaks = []
     for micro_batch in (0, 2):
