@@ -65,6 +65,13 @@ ABLATION = {
         "--guidance.eta_final", "0.0", "--guidance.share", "0.5", "--rollout.block_length", "10"
     ),
     "unguided, blocks": changed("--guidance.kind", "none", "--rollout.block_length", "10"),
+    "unguided, blocks, coupled": changed(
+        *"--guidance.kind none --rollout.block_length 10 --objective.estimator coupled".split()
+    ),
+    "unguided, blocks, trajectory_sampled": changed(
+        *"--guidance.kind none --rollout.block_length 10 --objective.estimator trajectory_sampled".split()
+    ),
+    "half guided, 4 updates, blocks, mask": changed(*BOTH, "--objective.correction", "mask"),
     "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
     "unguided, blocks, double rate": changed(
         *"--guidance.kind none --rollout.block_length 10 --optim.learning_rate 8e-4".split()
