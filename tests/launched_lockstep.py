@@ -17,14 +17,16 @@ from rgrl.config import Config, load_config
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters
 from rgrl.parts import join_processes
+from rgrl.seeds import row_keys
 
 
 def gradient(policy: Policy, readings: int) -> dict[str, torch.Tensor]:
-    """Of the summed log-probabilities of as many different rows; zeros where there is none."""
+    """Of the summed log-probabilities of as many different pairs of rows, with dropout; zeros where there is none."""
     loss = torch.zeros(())
+    policy.row_keys.key_B = row_keys(0, 0, range(2), "test")
     with policy.in_step() as spare:
         for i in range(readings):
-            canvas_BL = torch.arange(6)[None] + 10 * i
+            canvas_BL = torch.arange(12).view(2, 6) + 10 * i
             everywhere_BL = torch.ones_like(canvas_BL, dtype=torch.bool)
             loss = loss + policy.logp(canvas_BL, everywhere_BL, everywhere_BL, canvas_BL.flatten()).sum()
     loss = sum(spare, loss)
@@ -36,7 +38,7 @@ def gradient(policy: Policy, readings: int) -> dict[str, torch.Tensor]:
 
 
 def compare(config: Config, accelerator: Accelerator) -> tuple[Policy, dict[str, float]]:
-    policy = add_lora(load_policy(config.model), config.lora, seed=0)
+    policy = add_lora(load_policy(config.model), config.lora, seed=0).train()
     for p in adapter_parameters(policy).values():
         p.data.copy_(torch.arange(p.numel()).sin().view_as(p) * 0.1)
     readings = 3 * accelerator.process_index

@@ -167,6 +167,7 @@ def test_shared_weights_make_the_step_of_whole_ones(reviews, tmp_path, settings)
 
 
 def test_processes_that_share_weights_may_read_the_policy_unequally_often(tiny, tmp_path):
+    tiny["lora"]["dropout"] = 0.3
     config = write(tiny, tmp_path / "config.yaml")
     finish(start(TESTS / "launched_lockstep.py", config, tmp_path, processes=2))
     idle, busy = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2))

@@ -26,8 +26,9 @@ class RowDropout(nn.Module):
             return x_BLD
         if self.keys.key_B is None:
             raise RuntimeError("set `policy.row_keys.key_B` before a reading with dropout")
-        _, L, D = x_BLD.shape
-        key_B = scatter(self.keys.key_B.to(x_BLD.device) + self.layer)
+        B, L, D = x_BLD.shape
+        # One row alone is read for company (`Lockstep`): it has no key of its own, and needs none.
+        key_B = scatter(self.keys.key_B[:B].to(x_BLD.device) + self.layer)
         place_L = torch.arange(L - 1, -1, -1, dtype=torch.int32, device=x_BLD.device)
         feature_D = scatter(torch.arange(D, dtype=torch.int32, device=x_BLD.device))
         token_BL = scatter(key_B[:, None] + place_L)
