@@ -139,9 +139,11 @@ class Policy(nn.Module):
             for i, (keys, values) in enumerate(prefix.layers):
                 cache.update(keys, values, i)
                 start = prefix.length
+        # As attention itself takes it: transformers would look into a mask by token, and a GPU would have to wait.
+        mask_B1QL = attention_BL[:, None, None].expand(-1, 1, canvas_BL.shape[1] - start, -1)
         # By position: transformers renamed the argument that takes the cache in 5.24.
         states_BLH = self.causal_lm.model(
-            canvas_BL[:, start:], attention_BL.long(), position_BL[:, start:], cache, use_cache=cache is not None
+            canvas_BL[:, start:], mask_B1QL, position_BL[:, start:], cache, use_cache=cache is not None
         ).last_hidden_state
         if prefix is not None and not prefix.layers:
             prefix.layers = [
