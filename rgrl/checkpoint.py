@@ -72,7 +72,11 @@ class Snapshot:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders in `output_dir` that are named as checkpoints, oldest first."""
     found = [p for p in (output_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def damage(folder: Path) -> str | None:
@@ -286,6 +290,21 @@ def _copied(tree: Any) -> Any:
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
 
 
+def give_up_after(resume: Path, step: int, output: Path) -> None:
+    """Take their names from the checkpoints in `output` that do not lead to `resume`, which is of this step.
+
+    Or a run that is killed before it saves again would go on from them, though their metrics are dropped. They are
+    deleted with the next save, so until then somebody who did not mean it can rename them back. Raises `OSError`.
+    """
+    later = [path for path in checkpoints(output) if _step(path) >= step and path.resolve() != resume.resolve()]
+    for folder in later:
+        _set_aside(folder)
+    if later:
+        _flush(output / "checkpoints")
+        names = ", ".join(path.name for path in later)
+        warn(f"going back to {resume}: {names} of this run are set aside, and deleted when it saves again")
+
+
 def write(config: Config, snapshot: Snapshot) -> Path:
     """Write `checkpoints/step_N` and keep the newest `run.keep_checkpoints` up to it. Raises `OSError`.
 
@@ -310,7 +329,7 @@ def write(config: Config, snapshot: Snapshot) -> Path:
         raise
     for later in checkpoints(output):
         # Also this step itself, which a run that went back to an older checkpoint passes again.
-        if int(later.name.removeprefix("step_")) >= step:
+        if _step(later) >= step:
             _set_aside(later)
     os.replace(partial, final)
     _flush(root)

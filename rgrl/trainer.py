@@ -18,6 +18,7 @@ from rgrl.checkpoint import (
     check_writable,
     checkpoints,
     find_checkpoint,
+    give_up_after,
     load,
     load_adapter,
 )
@@ -56,6 +57,8 @@ def train(config: Config) -> tuple[Path, bool]:
                 output.mkdir(parents=True, exist_ok=True)
                 requeue.unlink(missing_ok=True)
                 (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+                if resume is not None:
+                    give_up_after(resume, progress.step, output)
             tracker, saver = Tracker(config, progress.step, accelerator.is_main_process), Saver(config)
         except OSError as error:
             raise ConfigError(f"`run.output_dir` {output} cannot be written: {error}", on_one_rank=True) from error

@@ -137,6 +137,25 @@ def test_going_back_to_an_older_checkpoint_keeps_what_follows_from_it(tiny, tmp_
     assert adapter(output, 4) != before
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_going_back_and_killed_before_it_saved_a_run_does_not_go_on_with_what_it_gave_up(tiny, tmp_path, outside):
+    tiny["reward"]["functions"] = {"processes:die_at_call": 0.0}
+    tiny["run"] |= {"eval_steps": 0, "steps": 4, "keep_checkpoints": 9}
+    config, output = write(tiny, tmp_path / "config.yaml"), tmp_path / "run"
+    finish(start(TRAIN, "--config", config))
+    back = output / "checkpoints" / "step_000001"
+    if outside:
+        back = shutil.copytree(back, tmp_path / "copy")
+    words = ["--config", config, "--objective.beta", "1.0", "--run.save_steps", "0", "--run.resume_from_checkpoint"]
+    printed = finish(start(TRAIN, *words, back, DIE_AT="0:2"), -signal.SIGKILL)
+    assert "set aside" in printed and saved(output) == ([] if outside else ["step_000001"])
+    aside = [path.name for path in (output / "checkpoints").glob(".partial_*")]
+    assert len(aside) == (4 if outside else 3) and [line["step"] for line in untimed(output)] == [1, 2]
+    finish(start(TRAIN, *words, back if outside else "latest"))
+    assert saved(output)[-1] == "step_000004" and len(saved(output)) == (1 if outside else 2)
+    assert [line["step"] for line in untimed(output)] == [1, 2, 3, 4]
+
+
 def test_what_a_run_watches_does_not_change_what_it_learns(tiny, tmp_path):
     go(tiny, tmp_path, steps=4, output_dir=str(tmp_path / "whole"))
     go(tiny, tmp_path, steps=2)
