@@ -45,6 +45,7 @@ class DenoiseStats:
     committed: list[Tensor] = field(default_factory=list)  # how many those are, by step
     changed: list[Tensor] = field(default_factory=list)  # how many of them guidance gave another most likely token
     guided: list[Tensor] = field(default_factory=list)  # how many tokens the steps that were guided committed
+    broken: list[Tensor] = field(default_factory=list)  # how many of their gradients were not finite
     # By quarter of the denoising steps: the entropy weight w summed over hidden positions, and how many those are.
     weight: dict[int, list[tuple[Tensor, int]]] = field(default_factory=lambda: {q: [] for q in (1, 2, 3, 4)})
 
@@ -153,7 +154,9 @@ def denoise(
         w_N, steer_now = None, steered and t % guidance.config.every == 0
         if steer_now:
             u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, flat_N]
-            w_N = guide(logits_NV, own, completion_BC[rows_A, :end], hidden_N, rows_A, guidance, config, is_end, u_MN)
+            w_N, broken = guide(
+                logits_NV, own, completion_BC[rows_A, :end], hidden_N, rows_A, guidance, config, is_end, u_MN
+            )
             if guidance.config.support == "policy":
                 guided = own.steered(logits_NV, config.temperature)
             else:
@@ -187,6 +190,7 @@ def denoise(
             if steer_now:
                 stats.changed.append(((guided.best() != own.best()) & chosen_N).sum())
                 stats.guided.append(chosen_N.sum())
+                stats.broken.append(broken)
             if w_N is not None:
                 stats.weight[1 + 4 * t // config.steps].append((w_N.sum(), len(w_N)))
     is_end_BC = is_end(completion_BC)

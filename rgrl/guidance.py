@@ -57,8 +57,11 @@ def guide(
     is_end: Callable[[Tensor], Tensor],
     u_MN: Tensor,
     weight: Callable[[Tensor, int], Tensor] = normalised_entropy,
-) -> Tensor | None:
-    """Steer `logits_NV` in place by M ascent steps on the summed reward; returns the first step's w_N (`entrgi` only).
+) -> tuple[Tensor | None, Tensor]:
+    """Steer `logits_NV` in place by M ascent steps on the summed reward.
+
+    Returns the first step's w_N (`entrgi` only), and how many gradients, of the N at each ascent step, were not finite
+    and left their logits as they were.
 
     They are the policy's at the places `hidden_N` of the flattened `completion_BC`, `support` is what it would
     sample from there, `rows_B` says which of the reward's rows these are, and `u_MN` (uniform) picks the hard
@@ -82,7 +85,7 @@ def guide(
     soft_ND = table_VD.new_empty(len(phi_NV), D)
     moments = [torch.zeros_like(phi_NV) for _ in range(2 if config.steps > 1 else 0)]
     known_BCD = table_VD[completion_BC.flatten().index_fill(0, hidden_N, 0)].view(*completion_BC.shape, D)
-    first_w_N = None
+    first_w_N, broken = None, torch.zeros((), device=phi_NV.device)
     for m in range(config.steps):
         if m > 0:
             support = support_of(phi_NV, tau, rollout.top_k, rollout.top_p).renamed(token_NV)
@@ -109,7 +112,9 @@ def guide(
             shown_BC = shown_to_reward(likely_BC, is_end, guidance.attend_eos)
             reward_B = guidance.reward(response_BCD, shown_BC, rows_B)
             (g_ND,) = torch.autograd.grad(reward_B.sum(), blend_ND)
-        g_ND = g_ND / tau
+        finite_N1 = g_ND.isfinite().all(-1, keepdim=True)
+        g_ND = torch.where(finite_N1, g_ND / tau, 0.0)
+        broken += (~finite_N1).sum()
         for piece in pieces:
             phi_nV = phi_NV[piece]
             g_nV = scratch_nV[: len(phi_nV)]
@@ -122,7 +127,7 @@ def guide(
                 ascend(phi_nV[rows], g_nV[rows], [moment_nV[rows] for moment_nV in moments_nV], m, config.eta, tau)
     if token_NV is not None:
         logits_NV.scatter_(1, token_NV, phi_NV)
-    return first_w_N
+    return first_w_N, broken
 
 
 def ascend(phi_nV: Tensor, g_nV: Tensor, moments: list[Tensor], m: int, eta: float, tau: float) -> None:

@@ -3,6 +3,7 @@
 Every function here is collective: all processes call it, and all get the same answer.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,7 @@ def guidance_metrics(
     weight_B = accelerator.gather(masked_mean(correction(rollout, config.objective), decided_BC))
     metrics = {
         "guidance/changed": share(accelerator, stats.changed, stats.guided),
+        "guidance/broken": total(accelerator, sum(stats.broken, torch.zeros(()))),
         "guidance/delta_logp": -total(accelerator, torch.where(inside_BC, log_c_BC, 0.0).sum()) / inside,
         "guidance/outside_support": 1 - inside / total(accelerator, decided_BC.sum().float()),
         "correction/mean": weight_B.mean().item(),
@@ -75,7 +77,12 @@ def guidance_metrics(
 
 
 def quantiles(accelerator: Accelerator, name: str, value_N: Tensor) -> dict[str, float]:
-    """`NAME/p05`, `NAME/p50` and `NAME/p95` over all ranks, each of which may have another number of values."""
+    """`NAME/p05`, `NAME/p50` and `NAME/p95` over all ranks, each of which may have another number of values.
+
+    Of all values, or of 2^20 spread evenly over them: each process receives them, and torch sorts no more than 2^24.
+    """
+    most = max(1, 2**20 // accelerator.num_processes)
+    value_N = value_N[:: max(1, math.ceil(len(value_N) / most))]
     everywhere_N = accelerator.gather(accelerator.pad_across_processes(value_N.float(), pad_index=float("nan")))
     at_3 = everywhere_N.nanquantile(torch.tensor([0.05, 0.5, 0.95], device=everywhere_N.device))
     return {f"{name}/{q}": float(value) for q, value in zip(("p05", "p50", "p95"), at_3, strict=True)}
@@ -100,4 +107,4 @@ def counts(accelerator: Accelerator, values: list[int]) -> list[int]:
 
 def share(accelerator: Accelerator, part: list[Tensor], whole: list[Tensor]) -> float:
     """The sum of the one over all ranks divided by that of the other."""
-    return total(accelerator, torch.stack(part).sum()) / max(1.0, total(accelerator, torch.stack(whole).sum()))
+    return total(accelerator, sum(part, torch.zeros(()))) / max(1.0, total(accelerator, sum(whole, torch.zeros(()))))

@@ -117,7 +117,7 @@ def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clo
         advantage_B = advantage(reward_B, G, config.objective) if G > 1 else torch.zeros_like(reward_B)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
     metrics["entropy"] = share(accelerator, stats.entropy, stats.committed)
-    if stats.changed:
+    if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = guidance.eta
     return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)

@@ -66,6 +66,34 @@ def guide_of(reward, config, attend_eos=False):
     return Guide(session, reward.model.get_input_embeddings().weight[:V].detach(), config, attend_eos)
 
 
+def test_a_gradient_that_is_not_finite_steers_nothing_and_is_counted():
+    logits_NV, completion_BC, masked_BC = canvas()
+    table_VD = torch.randn(V, 5, generator=torch.Generator().manual_seed(0)).double()
+    hidden_N, N = masked_BC.flatten().nonzero()[:, 0], len(logits_NV)
+
+    def reward(response_BCD, attention_BC, rows_B):
+        # Of row 0 the gradient overflows at its first hidden place.
+        return response_BCD.sum((1, 2)) + 1e308 * response_BCD[:, 1, 0] * (rows_B == 0) * 1e308
+
+    for M in (1, 3):
+        guided_NV = logits_NV.clone()
+        support = support_of(logits_NV, 1.0, 0, 1.0)
+        config = GuidanceConfig(steps=M, kind="expectation")
+        _, broken = guide(
+            guided_NV,
+            support,
+            completion_BC,
+            hidden_N,
+            torch.arange(3),
+            Guide(reward, table_VD, config),
+            RolloutConfig(),
+            is_end,
+            uniform(M, N),
+        )
+        assert broken == M and torch.equal(guided_NV[0], logits_NV[0])
+        assert not guided_NV.isnan().any() and (guided_NV[1:] != logits_NV[1:]).any(1).all()
+
+
 def slow_truncate(logits_V, top_k, top_p):
     """By a full sort: the k largest, then the shortest prefix of those that holds top_p."""
     order = sorted(range(len(logits_V)), key=lambda v: -logits_V[v].item())
