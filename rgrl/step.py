@@ -67,17 +67,17 @@ class Clock:
 def rollout_step(parts: Parts, step: int, clock: Clock) -> Scored:
     """Roll out G completions for each of this rank's prompts, score them, and compare them within groups."""
     prompts = parts.stream.batch(step, parts.accelerator.process_index)
-    return roll_out(parts, prompts.repeat(parts.config.rollout.num_generations), step, "rollout", clock)
+    prompts = prompts.repeat(parts.config.rollout.num_generations)
+    return roll_out(parts, prompts, guidance_at(parts.config, step), step, "rollout", clock)
 
 
-def roll_out(parts: Parts, prompts: Prompts, step: int, purpose: str, clock: Clock) -> Scored:
-    """One guided completion for each of the B prompts, groups of G standing together, scored."""
+def roll_out(parts: Parts, prompts: Prompts, guidance: GuidanceConfig, step: int, purpose: str, clock: Clock) -> Scored:
+    """One completion for each of the B prompts, groups of G standing together, scored. `step` seeds the noise."""
     config, policy, accelerator = parts.config, parts.policy, parts.accelerator
     G = config.rollout.num_generations
     stats = DenoiseStats()
     with clock.phase("rollout"):
         prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
-        guidance = guidance_at(config, step)
         noise = RolloutNoise.draw(
             generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
             config.rollout.steps,

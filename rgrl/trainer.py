@@ -230,7 +230,7 @@ def sample(config: Config) -> Iterator[dict]:
     P, G = config.run.prompts_per_device, config.rollout.num_generations
     for i in range(0, len(prompts), P):
         group = Prompts(prompts.texts[i : i + P], prompts.rows[i : i + P]).repeat(G)
-        scored = roll_out(parts, group, i, "sample", Clock())
+        scored = roll_out(parts, group, config.guidance, i, "sample", Clock())
         rows = completion_rows(scored)
         for j in range(0, len(rows), G):
             yield from sorted(rows[j : j + G], key=lambda row: -row["reward"])

@@ -11,7 +11,7 @@ from rgrl.config import GuidanceConfig, load_config
 from rgrl.metrics import quantiles
 from rgrl.parts import set_up
 from rgrl.step import Clock, guidance_at, roll_out
-from rgrl.trainer import train
+from rgrl.trainer import sample, train
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def parts(tiny, tmp_path):
 def rolled(parts, **guidance):
     config = dataclasses.replace(parts.config, guidance=GuidanceConfig(kind="entrgi", **guidance))
     prompts = parts.stream.prompts.take([0, 1]).repeat(4)
-    return roll_out(dataclasses.replace(parts, config=config), prompts, 3, "rollout", Clock())
+    return roll_out(dataclasses.replace(parts, config=config), prompts, config.guidance, 3, "rollout", Clock())
 
 
 def test_a_share_of_each_group_is_guided_and_the_rest_is_the_policys_own(parts):
@@ -57,6 +57,20 @@ def test_guidance_fades_on_a_line_and_is_off_at_its_end(tiny, tmp_path):
     lines = untimed(output)[1:]
     assert [line.get("guidance/eta") for line in lines] == pytest.approx([0.8, 0.6, 0.4, 0.2, None])
     assert "guidance/changed" in lines[0] and "guidance/changed" not in lines[4]
+
+
+def test_samples_are_guided_alike_whatever_guidance_comes_to_in_training(tiny, tmp_path):
+    tiny["run"]["steps"] = 1
+    samples = []
+    for eta_final in (None, 0.0):
+        tiny["guidance"]["eta_final"] = eta_final
+        samples.append(list(sample(load_config(write(tiny, tmp_path / "config.yaml")))))
+    assert samples[0] == samples[1] and len(samples[0]) > 4
+
+
+def test_quantiles_of_more_values_than_torch_sorts():
+    told = quantiles(Accelerator(), "x", torch.linspace(0, 1, 2**24 + 1))
+    assert told == pytest.approx({"x/p05": 0.05, "x/p50": 0.5, "x/p95": 0.95}, abs=1e-5)
 
 
 def test_within_the_policys_own_support_nothing_is_out_of_its_reach(parts):

@@ -75,7 +75,7 @@ def main() -> None:
         reward, judge, texts = [], [], []
         for seed in range(args.seeds):
             config.run.seed = seed
-            scored = roll_out(replace(parts, config=config), parts.eval_prompts, 0, "price", Clock())
+            scored = roll_out(replace(parts, config=config), parts.eval_prompts, config.guidance, 0, "price", Clock())
             reward += scored.reward_B.tolist()
             judge += parts.judge.score(scored.prompts, scored.completions).tolist()
             texts.append(distinct_2(scored.completions))
