@@ -375,7 +375,7 @@ def _set_aside(folder: Path) -> None:
 
 def _clear(root: Path) -> None:
     for leftover in root.glob(".partial_*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # a file that somebody reads over NFS cannot go yet
 
 
 def _flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rgrl.advantages import ADVANTAGES
 from rgrl.checkpoint import Progress
-from rgrl.config import Config, GuidanceConfig, RunStoppedError
+from rgrl.config import Config, GuidanceConfig
 from rgrl.corrections import correction
 from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.guidance import Guide
@@ -214,11 +214,6 @@ def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clo
                 metrics["update/skipped"] += 1
                 progress.skipped_in_a_row += 1
                 keep_batch(parts, scored, noise, step, {"grad_norm": norm, **totals})
-                if progress.skipped_in_a_row >= config.run.max_skipped:
-                    raise RunStoppedError(
-                        f"{progress.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
-                        f"(`run.max_skipped`); their batches are in {Path(config.run.output_dir) / 'skipped'}"
-                    )
             parts.optimizer.zero_grad(set_to_none=True)
             metrics |= {name: float(total / count) for name, total in totals.items()}
             metrics["learning_rate"] = rate

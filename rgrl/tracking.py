@@ -89,12 +89,13 @@ class Tracker:
     """The main process's record of a run; on other processes every method does nothing.
 
     `start_step` is the step resumed from: lines after it, left by a run that was killed, are dropped. What cannot be
-    written raises nothing: `failure` says why, until somebody takes it. Lines wait in memory and tables are lost.
+    written raises nothing: `failures` say why, until somebody takes them or, of lines, which wait in memory, until they
+    are written after all. Tables are lost.
     """
 
     def __init__(self, config: Config, start_step: int, enabled: bool) -> None:
         self.enabled, self.wandb = enabled, None
-        self.failure: str | None = None
+        self.failures: dict[str, str] = {}
         self._waiting: list[str] = []
         if not enabled:
             return
@@ -137,8 +138,9 @@ class Tracker:
                     handle.truncate(end)
                     raise
             self._waiting = []
+            self.failures.pop("lines", None)
         except OSError as error:
-            self.failure = f"cannot write {self.path}: {error}"
+            self.failures["lines"] = f"cannot write {self.path}: {error}"
         return not self._waiting
 
     def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
@@ -154,7 +156,7 @@ class Tracker:
             pq.write_table(pa.Table.from_pylist(rows), partial)
             partial.replace(path)
         except OSError as error:
-            self.failure = f"cannot write {path}: {error}"
+            self.failures["table"] = f"cannot write {path}: {error}"
             partial.unlink(missing_ok=True)
         if self.wandb is not None:
             import wandb

@@ -75,7 +75,10 @@ def train(config: Config) -> tuple[Path, bool]:
             raise cannot_write(config, problem)
         tracker.close()
         if reason is not None and accelerator.is_main_process:
-            requeue.write_text(f"{reason}\n")  # some launchers turn every exit code into 1
+            try:
+                requeue.write_text(f"{reason}\n")  # some launchers turn every exit code into 1
+            except OSError as error:  # all that matters is saved, and the exit code says the same
+                warn(f"cannot write {requeue}: {error}")
         accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has gone
         if reason is not None:
             raise RunStoppedError(
@@ -144,8 +147,14 @@ def run_steps(
             if problem is not None and not complained:
                 warn(f"{problem}; the run goes on and tries again (run.on_write_error)")
             complained = unwritten
-            if due(progress.step, config.run.save_steps, config.run.steps) or unwritten:
+            hopeless = progress.skipped_in_a_row >= config.run.max_skipped
+            if due(progress.step, config.run.save_steps, config.run.steps) or unwritten or hopeless:
                 save()
+            if hopeless:
+                raise RunStoppedError(
+                    f"{progress.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
+                    f"(`run.max_skipped`); their batches are in {Path(config.run.output_dir) / 'skipped'}"
+                )
             bar.set_postfix(reward=f"{metrics['reward']:.2f}")
             bar.update()
         if reason is not None and progress.step != saved:
@@ -174,10 +183,10 @@ def exchange(
 
 def take_failure(saver: Saver, tracker: Tracker) -> str | None:
     """Why something could not be written since this was last asked; known to the main process only."""
-    found = None
-    for writer in (tracker, saver):
-        if writer.failure is not None:  # then no thread of it is at work, and what is reset here is what was read
-            found, writer.failure = writer.failure, None
+    found = next(iter(tracker.failures.values()), None)
+    tracker.failures.clear()
+    if saver.failure is not None:  # then no thread of it is at work, and what is reset here is what was read
+        found, saver.failure = saver.failure, None
     return found
 
 

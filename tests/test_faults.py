@@ -102,6 +102,12 @@ def test_a_request_in_the_last_step_is_no_reason_to_come_again(risky, tmp_path):
     assert not (tmp_path / "run" / "requeue").exists()
 
 
+def test_a_note_that_cannot_be_written_does_not_hide_that_all_is_saved(risky, tmp_path, capfd):
+    faulty.in_reward[3] = lambda: ((tmp_path / "run" / "requeue").mkdir(), send("SIGTERM")())
+    assert stopped(risky, tmp_path).code == 75
+    assert "warning: cannot write" in capfd.readouterr().err and saved(tmp_path / "run") == ["step_000001"]
+
+
 def test_all_ranks_hear_what_one_was_told():
     with StopRequests(0.0) as one, StopRequests(0.0) as other:
         os.kill(os.getpid(), signal.SIGUSR1)  # the inner one has the handler
@@ -251,13 +257,13 @@ def test_lines_wait_for_room_and_none_is_written_by_half(risky, small_disk):
     fill()
     for step in range(1, 200):  # what is left of the file's last block takes some
         tracker.log(step, {"reward": step / 3})
-    assert "No space left on device" in tracker.failure
+    assert "No space left on device" in tracker.failures["lines"]
     path = folder / "run" / "metrics.jsonl"
     written = path.read_text()
     assert not tracker.flush() and written.endswith("\n") and 0 < len(read_metrics(path)) < 200
     free()
     tracker.log(200, {"reward": 0.0})
-    assert tracker.flush() and path.read_text().startswith(written)
+    assert tracker.flush() and not tracker.failures and path.read_text().startswith(written)
     assert [line["step"] for line in read_metrics(path)] == list(range(201))
 
 
@@ -295,7 +301,19 @@ def test_too_many_of_them_in_a_row_end_the_run(risky, tmp_path):
     assert error.code == 1 and "2 updates in a row" in str(error) and "`run.max_skipped`" in str(error)
     kept = sorted(path.name for path in (tmp_path / "run" / "skipped").iterdir())
     assert kept == ["step_000003_rank_0.pt", "step_000004_rank_0.pt"]
-    assert saved(tmp_path / "run")[-1] == "step_000003"
+    # The good steps before are kept, and told of.
+    assert saved(tmp_path / "run")[-1] == "step_000004" and untimed(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_a_run_that_was_stopped_for_them_goes_on_where_it_stood(risky, tmp_path):
+    whole = go(risky, tmp_path, output_dir="whole")
+    faulty.reset()
+    faulty.in_loss[3] = lambda: float("nan")
+    risky["run"]["save_steps"] = 0
+    error = stopped(risky, tmp_path, max_skipped=1)
+    assert "1 updates in a row" in str(error) and saved(tmp_path / "run") == ["step_000003"]
+    go(risky, tmp_path, resume_from_checkpoint="latest")
+    assert untimed(tmp_path / "run")[:3] == untimed(whole)[:3] and len(untimed(tmp_path / "run")) == STEPS + 1
 
 
 # ------------------------------------------------------------------------------------------------- rewards
