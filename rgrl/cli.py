@@ -27,14 +27,15 @@ def run(command: Callable[[Config], object], description: str) -> None:
     known, overrides = parser.parse_known_args()
     transformers.utils.logging.disable_progress_bar()  # loading takes no time worth a bar; the run's own bar follows
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    main = os.environ.get("RANK", "0") == "0"  # one line, not one a process
+    main = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one line a machine, as what is wrong may be wrong on one of them
 
     @record  # so that a launcher shows the traceback of the rank that failed first
     def go() -> None:
         try:
             command(load_config(known.config, overrides))
         except ConfigError as error:
-            if error.on_one_rank or main:
+            if error.on_one_rank or first:
                 print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except RunStoppedError as stopped:

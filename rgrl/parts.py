@@ -44,6 +44,8 @@ def join_processes(config: Config) -> Accelerator:
     be a main process writing to the same folder.
     """
     check_launch(os.environ)
+    # Groups come to be behind a barrier with a time limit: NCCL has none where a process dies before their first use.
+    os.environ.setdefault("TORCH_DIST_INIT_BARRIER", "1")
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     # Accelerate's launcher starts several CPU processes only as if they were for GPUs, and doesn't tell them.
     on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
@@ -84,6 +86,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
     add_lora(policy, config.lora, config.run.seed).eval()
     if size > 1:
+        accelerator.wait_for_everyone()  # the same: whoever could not load anything is missed here
         policy.shard(device, size, timedelta(minutes=config.run.timeout_minutes))
     check_gradients(policy)
     if config.run.gradient_checkpointing:

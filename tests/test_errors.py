@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PROMPTS, REPO, random_weights, write_dream, write_llada, write_reward
+from processes import write
 from safetensors.torch import load_file, save_file
 
 from rgrl.cli import run
@@ -533,6 +534,15 @@ def refuse(
         run(main, "train")
     assert exit_.value.code == 2
     return capfd.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 1), (1, 1, 0), (8, 0, 1)])
+def test_what_is_wrong_is_told_once_a_machine(tiny, tmp_path, monkeypatch, capfd, rank, local_rank, lines):
+    tiny["run"]["steps"] = -1
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    command = ["train.py", "--config", str(write(tiny, tmp_path / "config.yaml"))]
+    assert len(refuse(command, monkeypatch, capfd)) == lines
 
 
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
