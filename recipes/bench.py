@@ -166,7 +166,7 @@ class Workload:
             left -= k
 
     def rollout(self, kind: str, guidance_steps: int) -> None:
-        """`denoise` as the trainer calls it, the reward model's prefix included."""
+        """`denoise` as rgrl/step.py calls it, the reward model's prefix included."""
         guidance = None
         if kind != "none":
             assert self.reward.embedding_VD is not None

@@ -25,6 +25,7 @@ def run(command: Callable[[Config], object], description: str) -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     known, overrides = parser.parse_known_args()
+    sys.path.append(os.getcwd())  # where a recipe's own rewards may lie; last, so that nothing there hides a library
     transformers.utils.logging.disable_progress_bar()  # loading takes no time worth a bar; the run's own bar follows
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     main = os.environ.get("RANK", "0") == "0"

@@ -135,8 +135,8 @@ class RolloutConfig:
     """Which positions to commit first: lowest entropy, most probable sampled token, widest margin between the two
     best tokens, or at random."""
     confidence_from: Literal["policy", "guided"] = "policy"
-    """Whether the confidence reads the policy's own logits or the guided ones. Only `policy` keeps the order of
-    unmasking independent of the guidance."""
+    """Whether the confidence reads the policy's own logits or the guided ones. Only `policy` keeps guidance out of the
+    order of unmasking, but for `maskgit_plus`, which asks how likely the sampled token is."""
     position_temperature: float = 0.0
     """Temperature of Gumbel noise added to the confidence; 0 is none."""
     micro_batch: int = 0
@@ -227,9 +227,9 @@ class OptimConfig:
     learning_rate: float = 5e-6
     """Peak learning rate of AdamW. Paper: 5e-6 at 7B."""
     warmup_steps: int = 0
-    """Number of optimizer updates over which the rate rises linearly from 0."""
+    """Number of optimizer updates over which the rate rises to its peak in equal steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up."""
+    """What follows the warm-up: the peak, or a fall that would come to 0 just after the last update."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -272,7 +272,8 @@ class RunConfig:
     batch of each is written to `skipped/`."""
     on_write_error: Literal["stop", "continue"] = "stop"
     """What follows when a checkpoint, a line of metrics or a table cannot be written, such as on a full disk: `stop`
-    ends the run; `continue` says so and tries again after the next step. Older checkpoints stay whole either way."""
+    ends the run; `continue` says so and tries again after the next step, but for a table, which is lost. Older
+    checkpoints stay whole either way."""
 
 
 @dataclass
@@ -284,7 +285,8 @@ class TrackingConfig:
     name: str | None = None
     """W&B run name. None: the output folder's name."""
     completions_steps: int = 10
-    """Number of steps between tables of completions. 0: never."""
+    """Number of steps between tables of rollouts; the last step always leaves one. 0: only that one. Evaluations leave
+    theirs each time."""
 
 
 @dataclass

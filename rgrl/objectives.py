@@ -1,6 +1,6 @@
 """What the adapter is trained to do: pure functions from `LossInputs` to `LossOutputs`.
 
-A loss is a sum and what to divide it by. The trainer adds both up over micro-batches and ranks before it
+A loss is a sum and what to divide it by. `update_step` adds both up over micro-batches and ranks before it
 divides, so the number of either changes nothing. A new objective is a function decorated by nothing:
 wrap it in `Objective` with what it needs, and name it by dotted path.
 """

@@ -47,7 +47,7 @@ def before_and_after(output_dir: Path, count: int = 4, width: int = 56) -> str:
 
 
 def plot(output_dir: Path) -> Path | None:
-    """Save `reward.png`: the guided rollouts' reward by step, and the unguided evaluation with its judge."""
+    """Save `reward.png`: the training rollouts' reward by step, and the unguided evaluation with its judge."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -120,6 +120,8 @@ def roll_out(parts: Parts, prompts: Prompts, guidance: GuidanceConfig, step: int
     if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = guidance.eta
+        if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
+            warn(f"step {step + 1}: {metrics['guidance/broken']:.0f} gradients of guidance were not finite")
     return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
 
 
@@ -264,7 +266,7 @@ def keep_batch(parts: Parts, scored: Scored, noise: NoiseDraw, step: int, totals
 def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], count: Tensor) -> None:
     """Sum gradients over ranks and divide by the global `count`: one flat exchange of adapter size."""
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-    flat = reduce_sum(accelerator, flat) / count
+    flat = reduce_sum(accelerator, flat).div_(count)
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
 

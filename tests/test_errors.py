@@ -536,6 +536,15 @@ def refuse(
     return capfd.readouterr().err.splitlines()
 
 
+def test_a_reward_is_found_in_the_folder_that_a_run_is_started_from(tiny, tmp_path, monkeypatch, capfd):
+    (tmp_path / "rewards_of_mine.py").write_text("def brevity(p, c, r): return [float('nan')] * len(c)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tiny["reward"]["functions"] = {"rewards_of_mine:brevity": 0.1}
+    lines = refuse(["train.py", "--config", str(write(tiny, tmp_path / "config.yaml"))], monkeypatch, capfd)
+    assert "reward 'brevity' is nan" in lines[-1]
+
+
 @pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 1), (1, 1, 0), (8, 0, 1)])
 def test_what_is_wrong_is_told_once_a_machine(tiny, tmp_path, monkeypatch, capfd, rank, local_rank, lines):
     tiny["run"]["steps"] = -1

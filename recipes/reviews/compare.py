@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="main")
     parser.add_argument("--only", nargs="+", help="variants of the set instead of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=90, help="diffu-GRPO steps whose time each run gets")
+    parser.add_argument("--budget", type=int, default=60, help="diffu-GRPO steps whose time each run gets")
     parser.add_argument("--evals", type=int, default=6, help="evaluations of a run beside the first")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
