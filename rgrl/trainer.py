@@ -40,8 +40,8 @@ def train(config: Config) -> tuple[Path, bool]:
     Raises `ConfigError` for bad input, before any long work starts, and `RunStoppedError` where the run ends early.
     """
     with StopRequests(config.run.max_hours) as requests:
+        check_writable(Path(config.run.output_dir))  # before others count on this process
         accelerator = join_processes(config)
-        check_writable(Path(config.run.output_dir))
         resume = find_checkpoint(config, accelerator)
         if resume is not None:
             check_compatible(resume, config, accelerator.num_processes)
