@@ -71,6 +71,9 @@ ABLATION = {
     "unguided, blocks, trajectory_sampled": changed(
         *"--guidance.kind none --rollout.block_length 10 --objective.estimator trajectory_sampled".split()
     ),
+    "unguided, 4 updates, blocks": changed(
+        *FOUR, *"--guidance.kind none --rollout.block_length 10 --objective.beta 0.1".split()
+    ),
     "half guided, 4 updates, blocks, mask": changed(*BOTH, "--objective.correction", "mask"),
     "unguided, double rate": changed("--guidance.kind", "none", "--optim.learning_rate", "8e-4"),
     "unguided, blocks, double rate": changed(
