@@ -7,6 +7,7 @@ written under another name, flushed to the disk and renamed, and then the file `
 that names it. So a folder of this name is whole unless somebody or the disk changed it, which the manifest tells.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -265,7 +266,7 @@ def take_snapshot(
 ) -> Snapshot:
     """A copy of the state that nothing shares memory with. Collective: every rank's random state is in it."""
     assert policy.peft_model is not None
-    adapter = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False)
+    adapter = _adapter_of(policy)
     config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
     about = {
@@ -273,10 +274,42 @@ def take_snapshot(
         "prompts": prompts,
         "versions": _versions(),
     }
-    state = {"optimizer": _copied(optimizer.state_dict()), "rng": rng}
+    state = {"optimizer": _packed(optimizer), "rng": rng}
     return Snapshot(_copied(adapter), config, state, replace(progress), about)
 
 
+def _adapter_of(policy: Policy) -> dict[str, torch.Tensor]:
+    """The adapter by peft's names."""
+    assert policy.peft_model is not None
+    trained = {name: p for name, p in policy.peft_model.named_parameters() if p.requires_grad}
+    return get_peft_model_state_dict(policy.peft_model, state_dict=trained, save_embedding_layers=False)
+
+
+def _packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """AdamW's settings and, after the first update, its state: one flat tensor for each kind of number.
+
+    Hundreds of small tensors take a multiple of the time to write, which the next step would feel.
+    """
+    saved = optimizer.state_dict()
+    kinds = next(iter(saved["state"].values()), {})
+    flat = {kind: torch.cat([s[kind].reshape(-1).cpu() for s in saved["state"].values()]) for kind in kinds}
+    return flat | {"param_groups": saved["param_groups"]}
+
+
+def _unpack(packed: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Put such a state back; settings follow the optimizer's own."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in range(len(parameters))} if len(packed) > 1 else {}
+    for kind in packed.keys() - {"param_groups"}:
+        shapes = [torch.Size() if kind == "step" else p.shape for p in parameters]
+        pieces = packed[kind].split([shape.numel() for shape in shapes])
+        for i, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
+            state[i][kind] = piece.view(shape).clone()
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@functools.cache
 def _versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "accelerate", "peft")
     return {"rgrl": rgrl.__version__} | {name: importlib.metadata.version(name) for name in libraries}
@@ -391,7 +424,7 @@ def load_adapter(folder: Path, policy: Policy) -> None:
     assert policy.peft_model is not None
     adapter = _read(folder / "adapter" / "adapter_model.safetensors", load_file)
     found = {(name, tuple(t.shape)) for name, t in adapter.items()}
-    own = get_peft_model_state_dict(policy.peft_model, save_embedding_layers=False)
+    own = _adapter_of(policy)
     if odd := sorted(found ^ {(name, tuple(t.shape)) for name, t in own.items()}):
         raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd[0]})")
     set_peft_model_state_dict(policy.peft_model, adapter)
@@ -411,7 +444,7 @@ def load(
     """
     load_adapter(folder, policy)
     state = _read(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
-    optimizer.load_state_dict(state["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+    _unpack(state["optimizer"], optimizer)
     progress = _read(folder / "progress.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8"))))
     if len(state["rng"]) == accelerator.num_processes:
         set_global_state(state["rng"][accelerator.process_index])

@@ -43,8 +43,9 @@ def seed_globals(seed: int, step: int, rank: int) -> None:
 
 def global_state() -> dict[str, Any]:
     """The state of those generators (of the current CUDA device, where there is one), as torch can save it."""
+    version, words, gauss = random.getstate()
     name, keys, *rest = numpy.random.get_state()
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state = {"python": (version, torch.tensor(words), gauss), "torch": torch.get_rng_state()}
     state["numpy"] = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -53,7 +54,8 @@ def global_state() -> dict[str, Any]:
 
 def set_global_state(state: dict[str, Any]) -> None:
     """Put back what `global_state` returned."""
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]
     numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
     torch.set_rng_state(state["torch"])

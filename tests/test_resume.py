@@ -325,7 +325,7 @@ def test_saving_after_every_step_delays_none_by_more_than_5_percent(tmp_path):
     """The default recipe with and without, at its own size: the same steps, each timed several times."""
     recipe = REPO / "recipes" / "reviews" / "rgrl.yaml"
     config = yaml.safe_load(recipe.read_text())
-    config["run"] |= {"steps": 4, "eval_steps": 0}
+    config["run"] |= {"steps": 6, "eval_steps": 0}
     config["tracking"] = {"wandb": False, "completions_steps": 0}
     for section in ("model", "data", "reward", "judge"):
         config[section] |= {k: str(REPO / v) for k, v in config[section].items() if k.endswith("path")}
@@ -338,7 +338,7 @@ def test_saving_after_every_step_delays_none_by_more_than_5_percent(tmp_path):
 
     # The quickest of several goes at each step is the one that other processes disturbed least. Where three are not
     # quiet enough to tell, more are; a delay that is there is in each of them.
-    bare, saving = [math.inf] * 4, [math.inf] * 4
+    bare, saving = [math.inf] * 6, [math.inf] * 6
     for number in range(8):
         bare = [*map(min, bare, seconds(f"bare_{number}", 0))]
         saving = [*map(min, saving, seconds(f"saving_{number}", 1))]
