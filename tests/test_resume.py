@@ -137,6 +137,7 @@ def test_going_back_to_an_older_checkpoint_keeps_what_follows_from_it(tiny, tmp_
     assert adapter(output, 4) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outside", [False, True])
 def test_going_back_and_killed_before_it_saved_a_run_does_not_go_on_with_what_it_gave_up(tiny, tmp_path, outside):
     tiny["reward"]["functions"] = {"processes:die_at_call": 0.0}
