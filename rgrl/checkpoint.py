@@ -258,24 +258,16 @@ class Saver:
 
 
 def take_snapshot(
-    accelerator: Accelerator,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    prompts: str,
+    accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, prompts: str
 ) -> Snapshot:
     """A copy of the state that nothing shares memory with. Collective: every rank's random state is in it."""
     assert policy.peft_model is not None
-    adapter = _adapter_of(policy)
+    adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _adapter_of(policy).items()}
     config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
-    about = {
-        "processes": accelerator.num_processes,
-        "prompts": prompts,
-        "versions": _versions(),
-    }
+    about = {"processes": accelerator.num_processes, "prompts": prompts, "versions": _versions()}
     state = {"optimizer": _packed(optimizer), "rng": rng}
-    return Snapshot(_copied(adapter), config, state, replace(progress), about)
+    return Snapshot(adapter, config, state, replace(progress), about)
 
 
 def _adapter_of(policy: Policy) -> dict[str, torch.Tensor]:
@@ -292,7 +284,7 @@ def _packed(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
     saved = optimizer.state_dict()
     kinds = next(iter(saved["state"].values()), {})
-    flat = {kind: torch.cat([s[kind].reshape(-1).cpu() for s in saved["state"].values()]) for kind in kinds}
+    flat = {kind: torch.cat([s[kind].reshape(-1) for s in saved["state"].values()]).cpu() for kind in kinds}
     return flat | {"param_groups": saved["param_groups"]}
 
 
@@ -313,14 +305,6 @@ def _unpack(packed: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
 def _versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "accelerate", "peft")
     return {"rgrl": rgrl.__version__} | {name: importlib.metadata.version(name) for name in libraries}
-
-
-def _copied(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True).contiguous()
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def give_up_after(resume: Path, step: int, output: Path) -> None:
@@ -431,11 +415,7 @@ def load_adapter(folder: Path, policy: Policy) -> None:
 
 
 def load(
-    folder: Path,
-    accelerator: Accelerator,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    seed: int,
+    folder: Path, accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer, seed: int
 ) -> Progress:
     """Restore everything `Saver` wrote; the rate and the weight decay follow the config. Raises `ConfigError`.
 

@@ -131,7 +131,9 @@ def denoise(
         if look and t > 0:
             masked_BC &= unfinished(completion_BC, masked_BC, is_end)[:, None]
             keep_A = masked_BC[rows_A].any(1)
-            rows_A, prefix, N = rows_A[keep_A], prefix.rows(keep_A), int(masked_BC[:, :end].sum())
+            if not keep_A.all():
+                rows_A, prefix = rows_A[keep_A], prefix.rows(keep_A)
+            N = int(masked_BC[:, :end].sum())
             if N == 0:
                 continue
         hidden_N = masked_BC[rows_A, :end].flatten().sort(descending=True, stable=True).indices[:N]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgrl.config import ObjectiveConfig
-from rgrl.types import LossInputs, LossOutputs
+from rgrl.types import LossInputs, LossOutputs, masked_mean
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _length(inputs: LossInputs) -> Tensor:
 
 
 def _row_mean(value_BC: Tensor, inputs: LossInputs) -> Tensor:
-    return _row_sum(value_BC, inputs) / _length(inputs)
+    return masked_mean(value_BC, inputs.mask_BC)
 
 
 def _kl(inputs: LossInputs) -> Tensor:

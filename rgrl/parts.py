@@ -86,7 +86,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Parts:
     judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
     add_lora(policy, config.lora, config.run.seed).eval()
     if size > 1:
-        accelerator.wait_for_everyone()  # the same: whoever could not load anything is missed here
+        accelerator.wait_for_everyone()  # with the time limit; who could not load something is missed here
         policy.shard(device, size, timedelta(minutes=config.run.timeout_minutes))
     check_gradients(policy)
     if config.run.gradient_checkpointing:

@@ -121,7 +121,7 @@ def roll_out(parts: Parts, prompts: Prompts, guidance: GuidanceConfig, step: int
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = guidance.eta
         if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
-            warn(f"step {step + 1}: {metrics['guidance/broken']:.0f} gradients of guidance were not finite")
+            warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
     return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
 
 

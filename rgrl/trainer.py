@@ -102,14 +102,7 @@ def run_steps(
     def save() -> None:
         nonlocal saved
         with clock.phase("checkpoint"):
-            saver.save(
-                accelerator,
-                parts.policy,
-                parts.optimizer,
-                progress,
-                fingerprint,
-                tracker.flush(),
-            )
+            saver.save(accelerator, parts.policy, parts.optimizer, progress, fingerprint, tracker.flush())
         saved = progress.step
 
     with tqdm(  # closed also by an error, whose message then has a line of its own

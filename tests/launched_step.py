@@ -4,11 +4,10 @@ launched_step.py CONFIG OUT writes OUT/rank_R.safetensors (the rank's rollout, t
 OUT/rank_R.json (metrics and how the frozen weights are held).
 """
 
-import json
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
+from processes import leave
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -58,7 +57,4 @@ def step(config: Config) -> tuple[dict[str, Tensor], dict]:
 if __name__ == "__main__":
     config = load_config(sys.argv[1])
     left, told = step(config)
-    accelerator, out = join_processes(config), Path(sys.argv[2])
-    save_file(left, out / f"rank_{accelerator.process_index}.safetensors")
-    (out / f"rank_{accelerator.process_index}.json").write_text(json.dumps(told))
-    accelerator.end_training()
+    leave(join_processes(config), Path(sys.argv[2]), left, told)

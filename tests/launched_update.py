@@ -3,12 +3,11 @@
 launched_update.py CONFIG OUT, started on two ranks by test_launch.py, writes what each is left with to OUT.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from processes import leave
 from torch import Tensor
 
 from rgrl.checkpoint import Progress
@@ -69,7 +68,4 @@ def update(config: Config) -> tuple[dict[str, Tensor], dict[str, float]]:
 if __name__ == "__main__":
     config = load_config(sys.argv[1])
     left, metrics = update(config)
-    accelerator, out = join_processes(config), Path(sys.argv[2])
-    save_file(left, out / f"rank_{accelerator.process_index}.safetensors")
-    (out / f"rank_{accelerator.process_index}.json").write_text(json.dumps(metrics))
-    accelerator.end_training()
+    leave(join_processes(config), Path(sys.argv[2]), left, metrics)

@@ -1,5 +1,6 @@
 """Runs of recipes/train.py in processes of their own, for the tests that kill, resume and launch them."""
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ import numpy
 import pyarrow.parquet as pq
 import torch
 import yaml
+from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from rgrl.tracking import TIMING, read_metrics
 
@@ -94,6 +97,14 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
         raise
     assert process.returncode == code, err[-3000:]
     return out + err
+
+
+def leave(accelerator: Accelerator, folder: Path, tensors: dict[str, torch.Tensor], told: dict) -> None:
+    """What a rank of a launched script has to tell, in `folder`; then it ends."""
+    path = folder / f"rank_{accelerator.process_index}"
+    save_file(tensors, path.with_suffix(".safetensors"))
+    path.with_suffix(".json").write_text(json.dumps(told))
+    accelerator.end_training()
 
 
 def write(config: dict, path: Path) -> Path:
