@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
+from rgrl.algo.estimators import draw_one_step, only_logp, weighted_sum
 from rgrl.config import GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig
-from rgrl.denoise import RolloutNoise, commit_schedule, denoise
-from rgrl.guidance import Guide
-from rgrl.logprobs import draw_one_step, weighted_sum
 from rgrl.models import add_lora
+from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.families import find_family
 from rgrl.models.policy import Policy
-from rgrl.rewards.classifier import ClassifierReward, pad_left
+from rgrl.rewards.classifier import ClassifierReward
+from rgrl.rollout import generate
+from rgrl.rollout.schedule import commit_schedule
 from rgrl.seeds import generators
 from rgrl.types import Prompts, Rollout
 
@@ -142,10 +143,10 @@ class Workload:
         B, C = shape.rows, shape.completion
         canvas_BL = torch.cat([self.prompt_BL, torch.full((B, C), policy.mask_id, device=self.device)], 1)
         attention_BL = torch.cat([self.attention_BL, torch.ones(B, C, dtype=torch.bool, device=self.device)], 1)
-        position_BL = (attention_BL.long().cumsum(1) - 1).clamp(min=0)
+        position_BL = count_positions(attention_BL)
         table_VD = reward.embedding_VD
         assert table_VD is not None
-        session = reward.guide_for(self.prompts) if guidance_steps else None
+        session = reward.for_prompts(self.prompts) if guidance_steps else None
         attended_BC = torch.ones(B, C, dtype=torch.bool, device=self.device)
         rows_B = torch.arange(B, device=self.device)
         left = C
@@ -166,27 +167,12 @@ class Workload:
             left -= k
 
     def rollout(self, kind: str, guidance_steps: int) -> None:
-        """`denoise` as rgrl/step.py calls it, the reward model's prefix included."""
+        """A rollout as rgrl/step.py makes it, the reward model's prefix included."""
         guidance = None
         if kind != "none":
-            assert self.reward.embedding_VD is not None
-            config = GuidanceConfig(kind=kind, steps=guidance_steps, eta=0.5)
-            guidance = Guide(self.reward.guide_for(self.prompts), self.reward.embedding_VD, config)
-        denoise(
-            self.policy.logits,
-            self.prompt_BL,
-            self.attention_BL,
-            self.policy.mask_id,
-            self.policy.is_end,
-            self.settings,
-            RolloutNoise.draw(
-                [torch.Generator().manual_seed(b) for b in range(self.shape.rows)],
-                self.shape.steps,
-                self.shape.completion,
-                guidance_steps,
-            ),
-            guidance,
-        )
+            guidance = self.reward.guidance(GuidanceConfig(kind=kind, steps=guidance_steps, eta=0.5))
+        seeds = [torch.Generator().manual_seed(b) for b in range(self.shape.rows)]
+        generate(self.policy, self.prompts, self.settings, seeds, guidance)
 
     def update(self) -> None:
         """Log-probabilities of random completions and the gradient of their mean, as a training step takes them."""
@@ -204,8 +190,9 @@ class Workload:
             nothing_BC,
         )
         noise = draw_one_step(rollout, ObjectiveConfig(), generators(0, 0, range(B), "noise"))
-        l_BC = weighted_sum(self.policy.logp, rollout, noise, self.policy.mask_id, ObjectiveConfig(), nothing_BC[:, 0])
-        l_BC.mean().backward()
+        values, mask_id = only_logp(self.policy.logp), self.policy.mask_id
+        estimate = weighted_sum(values, rollout, noise, mask_id, ObjectiveConfig(), nothing_BC[:, 0])
+        estimate["logp"].mean().backward()
         self.policy.zero_grad(set_to_none=True)
 
     def variants(self, guidance_steps: list[int]) -> dict[str, tuple[str, Callable[[], None]]]:

@@ -8,13 +8,14 @@ import json
 
 from rgrl.cli import run
 from rgrl.config import Config
-from rgrl.trainer import evaluate_checkpoint
+from rgrl.runtime.launch import is_main_process
+from rgrl.trainer import evaluate
 
 
 def main(config: Config) -> None:
-    metrics, is_main = evaluate_checkpoint(config)
-    if is_main:
-        print(json.dumps(metrics, indent=2))
+    result = evaluate(config)
+    if is_main_process():
+        print(json.dumps(result.metrics, indent=2))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 
 from rgrl.config import ConfigError, load_config
-from rgrl.parts import join_processes, set_up
-from rgrl.step import Clock, rollout_step
+from rgrl.runtime.clock import Clock
+from rgrl.runtime.launch import join_processes
+from rgrl.setup import set_up
+from rgrl.step import rollout_step
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
@@ -29,12 +31,12 @@ def work(config_path: str, steps: int) -> None:
     """One of the launched processes; the main one prints the rate of all together."""
     config = load_config(config_path, ["--run.eval_steps", "0"])
     accelerator = join_processes(config)
-    parts = set_up(config, accelerator)
-    rollout_step(parts, 0, Clock())  # what is made once does not count
+    run = set_up(config, accelerator)
+    rollout_step(run, 0, Clock())  # warm-up: what happens once is not counted
     accelerator.wait_for_everyone()
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        rollout_step(parts, step, Clock())
+        rollout_step(run, step, Clock())
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start
     rows = steps * config.run.prompts_per_device * config.rollout.num_generations * accelerator.num_processes

@@ -1,14 +1,15 @@
 """Train: accelerate launch recipes/train.py --config recipes/NAME/FILE.yaml [--section.key value ...]"""
 
-from rgrl import report
 from rgrl.cli import run
 from rgrl.config import Config
+from rgrl.runtime.launch import is_main_process
+from rgrl.tracking import report
 from rgrl.trainer import train
 
 
 def main(config: Config) -> None:
-    output, is_main = train(config)
-    if is_main:
+    output = train(config)
+    if is_main_process():
         print("\n" + report.summary(output))
         print("\n" + report.before_and_after(output))
         print(f"\nplot: {report.plot(output)}\nadapter: {output / 'checkpoints'}")

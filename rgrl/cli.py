@@ -1,7 +1,7 @@
-"""What the commands in recipes/ share: arguments, and errors that are one line and an exit code.
+"""What the commands in recipes/ share: arguments, and errors as one line and an exit code.
 
-0: done. 2: bad input. 75: stopped on request, everything saved, to be started again. 1: anything else. `torchrun` and
-`accelerate launch` turn every code but 0 into 1.
+0: done. 2: bad input. 75: stopped on request, all saved, to be resumed. 1: anything else. `torchrun` and `accelerate
+launch` turn every code but 0 into 1.
 """
 
 import argparse
@@ -13,23 +13,24 @@ from collections.abc import Callable
 import transformers
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from rgrl.config import Config, ConfigError, RunStoppedError, load_config
+from rgrl.config import Config, load_config
+from rgrl.errors import ConfigError, RunStoppedError
 
 
 def run(command: Callable[[Config], object], description: str) -> None:
     """Parse `--config FILE [--section.key value ...]`, call `command`, and turn its errors into exit codes."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="any setting of rgrl/config.py can follow as --section.key value",
+        epilog="any setting of rgrl/config/schema.py can follow as --section.key value",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file with the settings")
     known, overrides = parser.parse_known_args()
-    sys.path.append(os.getcwd())  # where a recipe's own rewards may lie; last, so that nothing there hides a library
-    transformers.utils.logging.disable_progress_bar()  # loading takes no time worth a bar; the run's own bar follows
+    sys.path.append(os.getcwd())  # for a recipe's own rewards; last, so that nothing there hides a library
+    transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     main = os.environ.get("RANK", "0") == "0"
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one line a machine, as what is wrong may be wrong on one of them
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one line a machine: the error may be one machine's
 
     @record  # so that a launcher shows the traceback of the rank that failed first
     def go() -> None:

@@ -1,10 +1,9 @@
-"""Random numbers that depend on nothing but what they are for.
+"""Random numbers that depend only on their purpose.
 
-The global generator is never used to decide anything, so a resumed run, a skipped evaluation or another
-library's draw cannot change what a run does. What is drawn for a row of a batch belongs to the row, not to the
-process that works on it, so the number of processes changes nothing either.
-Somebody's own reward or objective may read the global generators all the same: `seed_globals` sets them, and
-`global_state` is what a checkpoint keeps of them.
+Nothing here uses the global generators, so a resumed run, a skipped evaluation or another library's draw cannot change
+a run. Numbers drawn for a row of a batch belong to the row and not to the process that works on it, so the number of
+processes changes nothing either. A user's own reward or objective may still use the global generators: `seed_globals`
+sets them and `global_state` is what a checkpoint stores.
 """
 
 import hashlib
@@ -28,13 +27,13 @@ def generators(seed: int, step: int, rows: Iterable[int], purpose: str) -> list[
 
 
 def row_keys(seed: int, step: int, rows: Iterable[int], purpose: str) -> torch.Tensor:
-    """One int32 for each of `rows`, for what draws its numbers from a key instead of a generator."""
+    """One int32 for each of `rows`, for code that draws from a key instead of a generator (dropout)."""
     seeds = [g.initial_seed() for g in generators(seed, step, rows, purpose)]
     return torch.tensor([value % 2**31 for value in seeds], dtype=torch.int32)
 
 
 def seed_globals(seed: int, step: int, rank: int) -> None:
-    """Set the global generators of Python, NumPy and torch (all devices) to what belongs to this rank at this step."""
+    """Seed the global generators of Python, NumPy and torch (all devices) for this rank at this step."""
     value = generator(seed, step, rank, "global").initial_seed()
     random.seed(value)
     numpy.random.seed(value % 2**32)
@@ -42,18 +41,18 @@ def seed_globals(seed: int, step: int, rank: int) -> None:
 
 
 def global_state() -> dict[str, Any]:
-    """The state of those generators (of the current CUDA device, where there is one), as torch can save it."""
+    """The state of those generators, and of the current CUDA device if there is one, in types that torch can save."""
     version, words, gauss = random.getstate()
     name, keys, *rest = numpy.random.get_state()
     state = {"python": (version, torch.tensor(words), gauss), "torch": torch.get_rng_state()}
-    state["numpy"] = (name, torch.from_numpy(keys.astype(numpy.int64)), *rest)
+    state["numpy"] = (name, torch.from_numpy(numpy.asarray(keys).astype(numpy.int64)), *rest)
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_global_state(state: dict[str, Any]) -> None:
-    """Put back what `global_state` returned."""
+    """Restore what `global_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,37 +1,31 @@
 """One RGRL step, readable top to bottom: `rollout_step`, then `update_step`.
 
-Every process holds the frozen model, whole or its part (FSDP2), and the same adapter, rolls out its own prompts, and
-exchanges nothing but adapter gradients, a handful of sums and, where it has parts, the weights it is about to read.
+Every process holds the frozen model, whole or its part (FSDP2), and the same adapter. It rolls out its own prompts, and
+exchanges only adapter gradients, a handful of sums and, where it holds a part, the weights of the next forward pass.
 """
 
-import io
-import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from rgrl.advantages import ADVANTAGES
-from rgrl.checkpoint import Progress
-from rgrl.config import Config, GuidanceConfig
-from rgrl.corrections import correction
-from rgrl.denoise import DenoiseStats, RolloutNoise, denoise
-from rgrl.guidance import Guide
-from rgrl.logprobs import ESTIMATORS
-from rgrl.metrics import guidance_metrics, quantiles, reduce_sum, rollout_metrics, share
+from rgrl.algo.corrections import correction
+from rgrl.algo.estimators import ValuesFn
+from rgrl.algo.learning_rate import learning_rate
+from rgrl.config import GuidanceConfig
+from rgrl.console import warn
 from rgrl.models.lora import adapter_parameters
-from rgrl.objectives import OBJECTIVES
-from rgrl.parts import Parts
-from rgrl.rewards import resolve
-from rgrl.sampling import sampled_logp
+from rgrl.models.readout import read_out
+from rgrl.rollout.denoise import DenoiseStats
+from rgrl.rollout.generate import generate
+from rgrl.rollout.guidance import guidance_at
+from rgrl.runtime.clock import Clock
+from rgrl.runtime.collectives import fraction, global_rows, quantiles, reduce_sum, sum_gradients
+from rgrl.runtime.metrics import guidance_metrics, rollout_metrics
+from rgrl.runtime.skipped import keep_batch
 from rgrl.seeds import generators, row_keys
-from rgrl.tracking import warn
+from rgrl.setup import Run
 from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
 
 
@@ -43,244 +37,221 @@ class Scored:
     rollout: Rollout
     completions: list[str]
     reward_B: Tensor
-    parts: dict[str, Tensor]
+    terms: dict[str, Tensor]  # r_B of each term of the reward, unweighted
     advantage_B: Tensor
     metrics: dict[str, float]
 
 
-class Clock:
-    """Seconds spent in each phase of a step, as `time/NAME`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        key = f"time/{name}"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
-
-
-def rollout_step(parts: Parts, step: int, clock: Clock) -> Scored:
+# ------------------------------------------------------------------------------------------------------ rollout
+def rollout_step(run: Run, step: int, clock: Clock) -> Scored:
     """Roll out G completions for each of this rank's prompts, score them, and compare them within groups."""
-    prompts = parts.stream.batch(step, parts.accelerator.process_index)
-    prompts = prompts.repeat(parts.config.rollout.num_generations)
-    return roll_out(parts, prompts, guidance_at(parts.config, step), step, "rollout", clock)
+    prompts = run.stream.batch(step, run.accelerator.process_index)
+    prompts = prompts.repeat(run.config.rollout.num_generations)
+    return roll_out(run, prompts, guidance_at(run.config, step), step, "rollout", clock)
 
 
-def roll_out(parts: Parts, prompts: Prompts, guidance: GuidanceConfig, step: int, purpose: str, clock: Clock) -> Scored:
-    """One completion for each of the B prompts, groups of G standing together, scored. `step` seeds the noise."""
-    config, policy, accelerator = parts.config, parts.policy, parts.accelerator
-    G = config.rollout.num_generations
-    stats = DenoiseStats()
+def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, purpose: str, clock: Clock) -> Scored:
+    """One scored completion for each of B prompts, groups of G standing together. `step` and `purpose` seed the noise.
+
+    The first completions of each group are guided, as many as `guidance.share` says; the others are the policy's own.
+    """
+    config, policy, accelerator = run.config, run.policy, run.accelerator
+    B, G, stats = len(prompts), config.rollout.num_generations, DenoiseStats()
     with clock.phase("rollout"):
-        prompt_BL, attention_BL = policy.encode_prompts(prompts.texts, config.data.max_prompt_length)
-        noise = RolloutNoise.draw(
-            generators(config.run.seed, step, global_rows(accelerator, len(prompts)), purpose),
-            config.rollout.steps,
-            config.rollout.max_completion_length,
-            guidance.steps,
-        )
-        # The first of each group are guided, the others are the policy's own.
-        guided_B = torch.arange(len(prompts)) % G < (round(guidance.share * G) if guidance.kind != "none" else 0)
-        batches = [
-            (rows_A, guided)
-            for part, guided in ((guided_B.nonzero()[:, 0], True), ((~guided_B).nonzero()[:, 0], False))
-            for rows_A in part.split(config.rollout.micro_batch or len(prompts))
-            if len(rows_A)
-        ]
-        rollouts = []
-        with policy.in_step():
-            for rows_A, guided in batches:
-                rollouts.append(
-                    denoise(
-                        policy.logits,
-                        prompt_BL[rows_A],
-                        attention_BL[rows_A],
-                        policy.mask_id,
-                        policy.is_end,
-                        config.rollout,
-                        noise.rows(rows_A),
-                        guide_of(parts, prompts.take(rows_A.tolist()), guidance) if guided else None,
-                        stats,
-                    )
-                )
-        order_B = torch.cat([rows_A for rows_A, _ in batches]).argsort()
-        rollout = Rollout.join(rollouts).rows(order_B.to(policy.device))
+        guidance = run.guidance(settings)
+        guided_B = torch.arange(B) % G < (round(settings.share * G) if guidance is not None else 0)
+        seeds = generators(config.run.seed, step, global_rows(accelerator, B), purpose)
+        with policy.forward_passes():
+            rollout = generate(policy, prompts, config.rollout, seeds, guidance, guided_B, stats)
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
-        reward_B, reward_parts = parts.rewards.score(prompts, completions)
-        advantage = resolve(config.objective.advantage, "advantage", ADVANTAGES)
-        advantage_B = advantage(reward_B, G, config.objective) if G > 1 else torch.zeros_like(reward_B)
-    metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, reward_parts, G)
-    metrics["entropy"] = share(accelerator, stats.entropy, stats.committed)
+        reward_B, terms = run.rewards.score(prompts, completions)
+        advantage_B = torch.zeros_like(reward_B)
+        if G > 1:
+            advantage_B = run.algorithm.advantage(reward_B, G, config.objective)
+    metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, terms, G)
+    metrics["entropy"] = fraction(accelerator, stats.entropy, stats.committed)
     if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
-        metrics["guidance/eta"] = guidance.eta
+        metrics["guidance/eta"] = settings.eta
         if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
-    return Scored(prompts, rollout, completions, reward_B, reward_parts, advantage_B.to(policy.device), metrics)
+    return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)
 
 
-def guidance_at(config: Config, step: int) -> GuidanceConfig:
-    """The guidance of a training step: eta on its line from `eta` to `eta_final`; none where it has come to 0."""
-    g, last = config.guidance, max(1, config.run.steps - 1)
-    if g.eta_final is None:
-        return g
-    done = min(1.0, step / last)
-    eta = (1 - done) * g.eta + done * g.eta_final
-    return replace(g, eta=eta, kind=g.kind if eta > 0 else "none")
+# ------------------------------------------------------------------------------------------------------- update
+@dataclass(frozen=True)
+class Update:
+    """What an update step leaves behind: metrics of the last update, and how many updates in a row were skipped."""
+
+    metrics: dict[str, float]
+    skipped_in_a_row: int
 
 
-def guide_of(parts: Parts, prompts: Prompts, guidance: GuidanceConfig) -> Guide | None:
-    """What steers completions of `prompts`; None where nothing does."""
-    if guidance.kind == "none" or parts.guide is None or parts.guide.embedding_VD is None:
-        return None
-    return Guide(parts.guide.guide_for(prompts), parts.guide.embedding_VD, guidance, parts.config.reward.attend_eos)
-
-
-def update_step(parts: Parts, scored: Scored, step: int, progress: Progress, clock: Clock) -> dict[str, float]:
-    """Update the adapter `objective.iterations` times on one rollout; returns metrics of the last update."""
-    config, policy, accelerator = parts.config, parts.policy, parts.accelerator
-    objective = resolve(config.objective.name, "objective", OBJECTIVES)
-    estimator = resolve(config.objective.estimator, "estimator", ESTIMATORS)
-    rollout, parameters = scored.rollout, list(adapter_parameters(policy).values())
-    B = rollout.canvas_BL.shape[0]
-    size = B // config.run.gradient_accumulation_steps
-    micro = [slice(i, i + size) for i in range(0, B, size)]
-    needs = objective.needs | ({"ref"} if config.objective.beta > 0 else set())
-
-    logp = policy.logp
-    if estimator.as_sampled:
-        r = config.rollout
-        score = partial(sampled_logp, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
-        logp = partial(policy.logp, score=score)
-
-    def estimate(rows: slice) -> Tensor:
-        some, noise_some, advantage = rollout.rows(rows), noise.rows(rows), scored.advantage_B[rows]
-        return estimator.estimate(logp, some, noise_some, policy.mask_id, config.objective, advantage)
-
+def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, clock: Clock) -> Update:
+    """Update the adapter `objective.iterations` times on one rollout."""
+    metrics: dict[str, float] = {"update/skipped": 0.0}
     with clock.phase("update"):
-        seeds = generators(config.run.seed, step, global_rows(accelerator, B), "noise")
-        noise: NoiseDraw = estimator.draw(rollout, config.objective, seeds)
-        correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
-        old: list[Tensor | None] = [None] * len(micro)
-        ref: list[Tensor | None] = [None] * len(micro)
-        if "ref" in needs:
-            with torch.no_grad(), policy.in_step(), policy.reference():
-                ref = [estimate(rows) for rows in micro]
-        metrics: dict[str, float] = {"update/skipped": 0.0}
-        for iteration in range(config.objective.iterations):
-            sums: dict[str, Tensor] = {}
-            samples: dict[str, list[Tensor]] = {}
-            key_B = row_keys(config.run.seed, step, global_rows(accelerator, B), f"dropout {iteration}")
-            policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
-            for m, rows in enumerate(micro):
-                policy.row_keys.key_B = key_B[rows]
-                with policy.in_step() as spare:
-                    new_BC = estimate(rows)
-                if "old" in needs and iteration == 0:  # nothing has moved yet, so these are the old ones
-                    old[m] = new_BC.detach()
-                out = objective.loss(
-                    LossInputs(
-                        logp_BC=new_BC,
-                        mask_BC=noise.count_BC[rows],
-                        advantage_B=scored.advantage_B[rows],
-                        by_sequence=estimator.level == "sequence",
-                        old_logp_BC=old[m],
-                        ref_logp_BC=ref[m],
-                        correction_BC=correction_BC[rows] if correction_BC is not None else None,
-                    ),
-                    config.objective,
-                )
-                sum(spare, out.loss_sum).backward()
-                for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=policy.device)) + value.detach()
-                for name, value in out.samples.items():
-                    samples.setdefault(name, []).append(value)
-            policy.eval()
-            totals = dict(zip(sums, reduce_sum(accelerator, torch.stack(list(sums.values()))), strict=True))
-            count = totals.pop("n").clamp(min=1.0)
-            share_gradients(accelerator, parameters, count)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
-            rate = learning_rate(config, step * config.objective.iterations + iteration)
+        batch = prepare(run, scored, step)
+        for iteration in range(run.config.objective.iterations):
+            sums = accumulate_gradients(run, batch, step, iteration)
+            totals, count, norm = reduce_and_clip(run, sums)
+            rate = learning_rate(run.config, step * run.config.objective.iterations + iteration)
             if bool((norm + totals["loss"]).isfinite()):
-                for group in parts.optimizer.param_groups:
+                for group in run.optimizer.param_groups:
                     group["lr"] = rate
-                parts.optimizer.step()
-                progress.skipped_in_a_row = 0
+                run.optimizer.step()
+                skipped_in_a_row = 0
             else:
                 metrics["update/skipped"] += 1
-                progress.skipped_in_a_row += 1
-                keep_batch(parts, scored, noise, step, {"grad_norm": norm, **totals})
-            parts.optimizer.zero_grad(set_to_none=True)
+                skipped_in_a_row += 1
+                keep_skipped(run, scored, batch, step, {"grad_norm": norm, **totals})
+            run.optimizer.zero_grad(set_to_none=True)
             metrics |= {name: float(total / count) for name, total in totals.items()}
-            metrics["learning_rate"] = rate
-            metrics["grad_norm"] = float(norm)
-            metrics["grad_norm_clipped"] = min(float(norm), config.optim.max_grad_norm)
-            for name, values in samples.items():
-                metrics |= quantiles(accelerator, name, torch.cat(values))
-    return metrics
+            metrics |= {"learning_rate": rate, "grad_norm": float(norm)}
+            metrics["grad_norm_clipped"] = min(float(norm), run.config.optim.max_grad_norm)
+            for name, values in sums.samples.items():
+                metrics |= quantiles(run.accelerator, name, torch.cat(values))
+    return Update(metrics, skipped_in_a_row)
 
 
-def learning_rate(config: Config, update: int) -> float:
-    """Of an update, counted from 0 over the whole run: linear warm-up, then the schedule down to 0."""
-    o, updates = config.optim, config.run.steps * config.objective.iterations
-    if update < o.warmup_steps:
-        return o.learning_rate * (update + 1) / o.warmup_steps
-    done = (update - o.warmup_steps) / max(1, updates - o.warmup_steps)
-    shares = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return o.learning_rate * shares[o.schedule]
+@dataclass
+class Batch:
+    """What all updates on one rollout share. Lists have an entry for each micro-batch; None or empty: not needed."""
+
+    rollout: Rollout
+    advantage_B: Tensor
+    noise: NoiseDraw
+    correction_BC: Tensor | None
+    micro: list[slice]
+    old: list[Tensor | None]  # log-probabilities (BC) before the first update
+    reference: list[Tensor | None]  # log-probabilities (BC) of the frozen base
+    reference_states: list[list[Tensor]]  # its final hidden states (NH), by canvas
 
 
-def keep_batch(parts: Parts, scored: Scored, noise: NoiseDraw, step: int, totals: dict[str, Tensor]) -> None:
-    """Write what this rank made a skipped update from to `skipped/`, where the newest `run.max_skipped` are kept."""
-    rank, folder = parts.accelerator.process_index, Path(parts.config.run.output_dir) / "skipped"
-    batch = {
-        "step": step + 1,  # as in metrics.jsonl
+def prepare(run: Run, scored: Scored, step: int) -> Batch:
+    """Draw the noise, weigh the tokens, and evaluate the reference: once for all updates on this rollout."""
+    config, needs, B = run.config, run.algorithm.needs, len(scored.rollout.canvas_BL)
+    size = B // config.run.gradient_accumulation_steps
+    seeds = generators(config.run.seed, step, global_rows(run.accelerator, B), "noise")
+    micro = [slice(i, i + size) for i in range(0, B, size)]
+    batch = Batch(
+        rollout=scored.rollout,
+        advantage_B=scored.advantage_B,
+        noise=run.algorithm.estimator.draw(scored.rollout, config.objective, seeds),
+        correction_BC=correction(scored.rollout, config.objective) if "behaviour" in needs else None,
+        micro=micro,
+        old=[None] * len(micro),
+        reference=[None] * len(micro),
+        reference_states=[[] for _ in micro],
+    )
+    if {"ref", "reference_states"} & needs:
+        with torch.no_grad(), run.policy.forward_passes(), run.policy.reference():
+            for m, states in enumerate(batch.reference_states):
+                batch.reference[m] = estimate(run, batch, m, reference_values(run, states))["logp"]
+    return batch
+
+
+def reference_values(run: Run, states: list[Tensor]) -> ValuesFn:
+    """Log-probabilities on each canvas; its final hidden states go into `states` if a readout needs them."""
+
+    def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+        states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
+        if "reference_states" in run.algorithm.needs:
+            states.append(states_NH)
+        logp = {"logp": run.readouts["logp"]}
+        return read_out(run.policy.project, states_NH, token_N, logp, vocab_size=run.policy.vocab_size)
+
+    return values
+
+
+def trained_values(run: Run, states: list[Tensor]) -> ValuesFn:
+    """All readouts on each canvas, with gradient. `states` are the reference's, by canvas."""
+
+    def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+        given = {"reference_NH": states[k]} if states else {}
+        return run.policy.read_out(canvas_BL, attention_BL, at_BL, token_N, run.readouts, given)
+
+    return values
+
+
+def estimate(run: Run, batch: Batch, m: int, values: ValuesFn) -> dict[str, Tensor]:
+    """The estimator's values (BC...) of micro-batch m, by name."""
+    rows = batch.micro[m]
+    rollout, noise, advantage_B = batch.rollout.rows(rows), batch.noise.rows(rows), batch.advantage_B[rows]
+    estimator, mask_id = run.algorithm.estimator, run.policy.mask_id
+    return estimator.estimate(values, rollout, noise, mask_id, run.config.objective, advantage_B)
+
+
+@dataclass
+class Sums:
+    """Sums over this rank's micro-batches: the loss, its metrics, their denominator; and values for quantiles."""
+
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def accumulate_gradients(run: Run, batch: Batch, step: int, iteration: int) -> Sums:
+    """One forward and backward pass over each micro-batch. Gradients are of the loss's sum, not yet divided."""
+    config, policy, algorithm, sums = run.config, run.policy, run.algorithm, Sums()
+    B = len(batch.advantage_B)
+    key_B = row_keys(config.run.seed, step, global_rows(run.accelerator, B), f"dropout {iteration}")
+    policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
+    for m, rows in enumerate(batch.micro):
+        with policy.forward_passes(key_B[rows]):
+            values = estimate(run, batch, m, trained_values(run, batch.reference_states[m]))
+        if "old" in algorithm.needs and iteration == 0:  # nothing has moved yet, so these are the old ones
+            batch.old[m] = values["logp"].detach()
+        inputs = LossInputs(
+            logp_BC=values["logp"],
+            mask_BC=batch.noise.count_BC[rows],
+            advantage_B=batch.advantage_B[rows],
+            by_sequence=algorithm.estimator.level == "sequence",
+            old_logp_BC=batch.old[m],
+            ref_logp_BC=batch.reference[m] if "ref" in algorithm.needs else None,
+            correction_BC=batch.correction_BC[rows] if batch.correction_BC is not None else None,
+            readouts={name: value for name, value in values.items() if name != "logp"},
+        )
+        out = algorithm.objective.loss(inputs, config.objective)
+        policy.backward(out.loss_sum)
+        for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
+            sums.totals[name] = sums.totals.get(name, torch.zeros((), device=policy.device)) + value.detach()
+        for name, value in out.samples.items():
+            sums.samples.setdefault(name, []).append(value)
+    policy.eval()
+    return sums
+
+
+def reduce_and_clip(run: Run, sums: Sums) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Sum over ranks, divide the gradients by the global denominator and clip them.
+
+    Returns the sums by name, the denominator, and the gradient's norm before clipping.
+    """
+    parameters = list(adapter_parameters(run.policy).values())
+    reduced = reduce_sum(run.accelerator, torch.stack(list(sums.totals.values())))
+    totals = dict(zip(sums.totals, reduced, strict=True))
+    count = totals.pop("n").clamp(min=1.0)
+    sum_gradients(run.accelerator, parameters, count)
+    return totals, count, torch.nn.utils.clip_grad_norm_(parameters, run.config.optim.max_grad_norm)
+
+
+def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict[str, Tensor]) -> None:
+    """Write what this rank made a skipped update from."""
+    kept = {
         "totals": totals,
         "prompts": scored.prompts.texts,
         "completions": scored.completions,
         "reward_B": scored.reward_B,
         "advantage_B": scored.advantage_B,
         "rollout": vars(scored.rollout),
-        "noise": vars(noise),
+        "noise": vars(batch.noise),
     }
-    if rank == 0:
-        told = ", ".join(f"{name} {float(totals[name]):g}" for name in ("loss", "grad_norm"))
-        warn(f"step {step + 1}: an update is skipped ({told}); its batch is in {folder}")
-    try:
-        folder.mkdir(exist_ok=True)
-        buffer = io.BytesIO()  # so that a full disk is an `OSError`
-        torch.save(batch, buffer)
-        (folder / f"step_{step + 1:06d}_rank_{rank}.pt").write_bytes(buffer.getbuffer())
-        for old in sorted(folder.glob(f"step_*_rank_{rank}.pt"))[: -parts.config.run.max_skipped]:
-            old.unlink()
-    except OSError as error:  # a diagnosis must not end a run
-        warn(f"cannot write {folder}: {error}")
-
-
-def share_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], count: Tensor) -> None:
-    """Sum gradients over ranks and divide by the global `count`: one flat exchange of adapter size."""
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-    flat = reduce_sum(accelerator, flat).div_(count)
-    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = piece.view_as(p)
-
-
-def global_rows(accelerator: Accelerator, B: int) -> range:
-    """The numbers of this rank's B rows among those of all ranks."""
-    return range(accelerator.process_index * B, (accelerator.process_index + 1) * B)
+    run_config = run.config.run
+    keep_batch(Path(run_config.output_dir), run.accelerator.process_index, step, run_config.max_skipped, kept)
 
 
 def completion_rows(scored: Scored) -> list[dict]:
     """This rank's completions as rows of a table."""
-    return [
-        {"prompt": prompt, "completion": text, "reward": r, "advantage": a}
-        for prompt, text, r, a in zip(
-            scored.prompts.texts, scored.completions, scored.reward_B.tolist(), scored.advantage_B.tolist(), strict=True
-        )
-    ]
+    columns = scored.prompts.texts, scored.completions, scored.reward_B.tolist(), scored.advantage_B.tolist()
+    names = ("prompt", "completion", "reward", "advantage")
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

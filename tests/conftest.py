@@ -1,153 +1,17 @@
-"""Tiny checkpoints in the authors' own formats, with random weights, written to disk once a session."""
+"""Fixtures: tiny checkpoints, written once per session, and the settings of a whole run at that size."""
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
-)
+from checkpoints import PROMPTS, write_dream, write_llada, write_reward
 
-from rgrl.models.families import DREAM, LLADA, _llada_rename
+from rgrl.models import Policy, load_policy
 
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-REPO = Path(__file__).parent.parent
-TOKENIZER = REPO / "recipes" / "reviews" / "policy"  # a Dream-format tokenizer of 4,096 tokens
-PROMPTS = ["the plot of this film", "the acting is", "this movie", "as a thriller, it", "it's hard to", "despite the"]
-
-TINY_DREAM = {
-    "architectures": ["DreamModel"],
-    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "model_type": "Dream",
-    "vocab_size": 4100,  # more rows than tokens, as in Dream-7B
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "mask_token_id": 4093,
-    "pad_token_id": 4092,
-    "eos_token_id": 4092,
-}
-TINY_LLADA = {
-    "architectures": ["LLaDAModelLM"],
-    "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
-    "model_type": "llada",
-    "vocab_size": 4096,
-    "embedding_size": 4100,
-    "d_model": 32,
-    "n_heads": 4,
-    "n_kv_heads": 4,
-    "n_layers": 2,
-    "mlp_hidden_size": 48,
-    "max_sequence_length": 64,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-5,
-    "weight_tying": False,
-    "mask_token_id": 4093,
-    "pad_token_id": 4092,
-    "eos_token_id": 4092,
-}
-
-
-def random_weights(family, config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Weights under transformers' names, large enough that logits differ visibly between inputs."""
-    torch.manual_seed(seed)
-    made = family.make_config(config)
-    made.is_causal = False
-    model = {"dream": Qwen2ForCausalLM, "llada": LlamaForCausalLM}[family.name](made)
-    return {k: torch.randn_like(v) * 0.15 if v.ndim > 1 else v.clone() for k, v in model.state_dict().items()}
-
-
-def save_sharded(weights: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    names, weight_map = sorted(weights), {}
-    for i in range(shards):
-        part = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save_file({n: weights[n].contiguous() for n in names[i::shards]}, folder / part)
-        weight_map |= dict.fromkeys(names[i::shards], part)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def write_dream(folder: Path, seed: int = 0, shards: int = 1, **changes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**TINY_DREAM, **changes}
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
-    weights = random_weights(DREAM, config, seed)
-    if shards > 1:
-        save_sharded(weights, folder, shards)
-    else:
-        save_file(weights, folder / "model.safetensors")
-    return folder
-
-
-def llada_name(name: str) -> str:
-    """The authors' name of a tensor: the inverse of the renaming on load, found by trying every name they use."""
-    blocks = ("attn_out", "q_proj", "k_proj", "v_proj", "attn_norm", "ff_norm", "ff_proj", "up_proj", "ff_out")
-    known = [f"model.transformer.{top}.weight" for top in ("wte", "ln_f", "ff_out")]
-    known += [f"model.transformer.blocks.{i}.{block}.weight" for i in range(8) for block in blocks]
-    return next(original for original in known if _llada_rename(original) == name)
-
-
-def write_llada(folder: Path, seed: int = 0, shards: int = 1, **changes) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {**TINY_LLADA, **changes}
-    (folder / "config.json").write_text(json.dumps(config))
-    source = Qwen2Tokenizer.from_pretrained(TOKENIZER)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=source.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    fast.chat_template = source.chat_template
-    fast.save_pretrained(folder)
-    weights = {llada_name(k): v for k, v in random_weights(LLADA, config, seed).items()}
-    if shards > 1:
-        save_sharded(weights, folder, shards)
-    else:
-        save_file(weights, folder / "model.safetensors")
-    return folder
-
-
-def write_reward(folder: Path, seed: int = 1, labels: int = 1, template: str | None = None) -> Path:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=4100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        num_labels=labels,
-        pad_token_id=4092,
-    )
-    model = Qwen3ForSequenceClassification(config)
-    for p in model.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.15)
-    model.save_pretrained(folder)
-    tokenizer = Qwen2Tokenizer.from_pretrained(TOKENIZER)
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)  # what the tests write must be what transformers reads
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +22,16 @@ def dream_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llada_dir(tmp_path_factory) -> Path:
     return write_llada(tmp_path_factory.mktemp("llada"))
+
+
+@pytest.fixture(scope="session", params=["dream", "llada"])
+def family_dir(request) -> Path:
+    return request.getfixturevalue(f"{request.param}_dir")
+
+
+@pytest.fixture(scope="module")
+def policy(family_dir) -> Policy:
+    return load_policy(family_dir)
 
 
 @pytest.fixture(scope="session")
@@ -172,9 +46,10 @@ def judge_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path, dream_dir, reward_dir, judge_dir) -> dict:
-    """A whole run's settings at tiny size; tests change what they are about and write it with `yaml.safe_dump`."""
+    """The settings of a whole run. Tests change what they are about, for `training.go` or `training.write`."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    run = {"output_dir": str(tmp_path / "run"), "steps": 2, "save_steps": 1, "eval_steps": 1, "prompts_per_device": 2}
     return {
         "model": {"path": str(dream_dir)},
         "lora": {"r": 4, "alpha": 8},
@@ -185,12 +60,6 @@ def tiny(tmp_path, dream_dir, reward_dir, judge_dir) -> dict:
         "guidance": {"kind": "entrgi"},
         "objective": {"name": "reinforce", "beta": 0.01},
         "optim": {"learning_rate": 1e-3},
-        "run": {
-            "output_dir": str(tmp_path / "run"),
-            "steps": 2,
-            "save_steps": 1,
-            "eval_steps": 1,
-            "prompts_per_device": 2,
-        },
+        "run": run,
         "tracking": {"wandb": False, "completions_steps": 1},
     }

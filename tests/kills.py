@@ -1,12 +1,12 @@
-"""Kill one run again and again with SIGKILL, at random moments, and compare what becomes of it with a run left alone.
+"""Kill one run again and again with SIGKILL, at random moments, and compare its end with that of an undisturbed run.
 
     python tests/kills.py --kills 50 --processes 2
 
 A run of many short steps, saved every other one and evaluated now and then, is started with
 `--run.resume_from_checkpoint auto`, killed, and started again. A kill falls anywhere between the first import and two
 steps after the last checkpoint; every third one waits for a save. Of two ranks either both are killed at once, or one,
-and then the other must end by itself. After each kill: whatever is named as a checkpoint is whole, and the newest is no
-older than it was before. In the end: the same adapter, the same metrics (timings aside) and the same tables.
+and then the other must end by itself. After each kill, everything named as a checkpoint is whole, and the newest one is
+no older than before. At the end, adapter, metrics (timings aside) and tables are the same.
 """
 
 import argparse
@@ -21,16 +21,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import PROMPTS, write_dream, write_reward
-from processes import ENV, TRAIN, adapter, saved, start_ranks, tables, untimed, write
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # as a command; pytest knows it from setup.cfg
 
+from checkpoints import PROMPTS, write_dream, write_reward
+from processes import ENV, TRAIN, start_ranks
+from training import assert_same_run, saved, untimed, write
+
+from rgrl.algo.objectives import OBJECTIVES, Objective
 from rgrl.checkpoint import checkpoints, damage
-from rgrl.objectives import OBJECTIVES, Objective
 from rgrl.tracking import read_metrics
 
 
 def mark(what: str) -> None:
-    """Leave a trace of where this run is, for the one who kills it."""
+    """Leave a trace of where this run is, for the process that kills it."""
     if os.environ.get("RANK", "0") == "0" and "MARKS" in os.environ:
         with open(os.environ["MARKS"], "a") as handle:
             handle.write(what)
@@ -50,34 +53,35 @@ objective = Objective(_marked)
 
 
 def settings(folder: Path, steps: int, processes: int) -> Path:
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    # The timeout is for a rank that waits for one that was killed before they met.
+    run = {"steps": steps, "save_steps": 2, "eval_steps": 7, "timeout_minutes": 0.5, "output_dir": "set below"}
     tree = {
         "model": {"path": str(write_dream(folder / "dream"))},
         "lora": {"r": 4, "dropout": 0.1},
-        "data": {
-            "path": str(folder / "prompts.txt"),
-            "eval_path": str(folder / "prompts.txt"),
-            "max_prompt_length": 16,
-        },
+        "data": {"path": str(prompts), "eval_path": str(prompts), "max_prompt_length": 16},
         "reward": {"path": str(write_reward(folder / "reward")), "functions": {"kills:reward": 0.5}},
         "rollout": {"num_generations": 2, "max_completion_length": 8, "steps": 4},
         "objective": {"name": "kills:objective", "beta": 0.01},
         "optim": {"learning_rate": 1e-3, "schedule": "linear"},
-        "run": {
-            "steps": steps,
-            "save_steps": 2,
-            "eval_steps": 7,
-            "prompts_per_device": 2 // processes,
-            "timeout_minutes": 0.5,  # for a rank that waits for one that was killed before they met
-        },
+        "run": run | {"prompts_per_device": 2 // processes},
         "tracking": {"wandb": False, "completions_steps": 5},
     }
-    return write(tree | {"run": tree["run"] | {"output_dir": "set below"}}, folder / "config.yaml")
+    return write(tree, folder)
 
 
 def end(ranks: list[subprocess.Popen], patience: float) -> list[str]:
-    """What each rank printed when it has ended, which must be soon."""
+    """What each rank printed by its end, which must come within `patience` seconds."""
     return [rank.communicate(timeout=patience)[1] for rank in ranks]
+
+
+def complete(processes: int, *words: object) -> None:
+    """Let a run come to its end."""
+    ranks = start_ranks(processes, TRAIN, *words)
+    for rank, text in zip(ranks, end(ranks, 600), strict=True):
+        assert rank.returncode == 0, text[-2000:]
+        assert "damaged" not in text
 
 
 def unfinished(output: Path) -> set[tuple[str, int]]:
@@ -104,14 +108,17 @@ def phase(output: Path, marks: Path, lines_before: int, leftovers: set[tuple[str
     return "update" if trace.count("u") > new else "rollout"
 
 
+def resuming(config: Path, output: Path) -> tuple[object, ...]:
+    return "--config", config, "--run.output_dir", output, "--run.resume_from_checkpoint", "auto"
+
+
 def kill_once(
     config: Path, output: Path, marks: Path, processes: int, draw: random.Random, save: bool, step_time: float
 ) -> str:
     """Start the run, kill it at some moment, and say where that was; "done" if it came to its end before."""
     marks.unlink(missing_ok=True)
-    words = ("--config", config, "--run.output_dir", output, "--run.resume_from_checkpoint", "auto")
     leftovers = unfinished(output)
-    ranks = start_ranks(processes, TRAIN, *words, MARKS=str(marks))
+    ranks = start_ranks(processes, TRAIN, *resuming(config, output), MARKS=str(marks))
     early = time.monotonic() + draw.uniform(0, 6) if draw.random() < 0.1 else float("inf")
     steps, lines = draw.randint(1, 4), -1  # `lines` of the run as it resumed; older ones are dropped when it starts
     while all(rank.poll() is None for rank in ranks):
@@ -143,17 +150,12 @@ def kill_once(
 
 
 def run(kills: int, processes: int, seed: int, folder: Path) -> Counter:
-    """Do it all in `folder`; returns how many kills fell into which phase. Raises `AssertionError`."""
+    """Kill and compare in `folder`; returns how many kills fell into which phase. Raises `AssertionError`."""
     draw = random.Random(seed)
     steps = 10 + 3 * kills
     config = settings(folder, steps, processes)
     whole, broken = folder / "whole", folder / "broken"
-    for rank, text in zip(
-        ranks := start_ranks(processes, TRAIN, "--config", config, "--run.output_dir", whole),
-        end(ranks, 600),
-        strict=True,
-    ):
-        assert rank.returncode == 0, text[-2000:]
+    complete(processes, "--config", config, "--run.output_dir", whole)
     times = [line["step_time"] for line in read_metrics(whole / "metrics.jsonl")[1:]]
     where: Counter = Counter()
     newest = -1
@@ -167,15 +169,9 @@ def run(kills: int, processes: int, seed: int, folder: Path) -> Counter:
         assert reached >= newest, f"the checkpoint of step {newest} is lost"
         newest = reached
         print(f"kill {i + 1} of {kills} in {what}; newest checkpoint {newest}", flush=True)
-    words = ("--config", config, "--run.output_dir", broken, "--run.resume_from_checkpoint", "auto")
-    ranks = start_ranks(processes, TRAIN, *words)
-    for rank, text in zip(ranks, end(ranks, 600), strict=True):
-        assert rank.returncode == 0, text[-2000:]
-        assert "damaged" not in text
-    assert adapter(broken, steps) == adapter(whole, steps), "another adapter"
-    assert untimed(broken) == untimed(whole), "other metrics"
+    complete(processes, *resuming(config, broken))
+    assert_same_run(broken, whole, steps)
     assert [line["step"] for line in untimed(whole)] == list(range(steps + 1))
-    assert tables(broken) == tables(whole), "other tables"
     assert saved(broken) == saved(whole)
     return where
 

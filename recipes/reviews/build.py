@@ -30,9 +30,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from rgrl.config import ModelConfig, RolloutConfig
-from rgrl.denoise import RolloutNoise, denoise
 from rgrl.models import load_policy
-from rgrl.rewards.classifier import load_classifier, pad_left
+from rgrl.models.batch import pad_left
+from rgrl.rewards import load_classifier
+from rgrl.rollout import generate
 from rgrl.seeds import generators
 from rgrl.types import Prompts
 
@@ -378,14 +379,11 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
     """(opening, unguided completion) from the built policy, one per opening."""
     policy = load_policy(ModelConfig(path=str(folder)))
     settings = RolloutConfig(max_completion_length=24, top_k=50, top_p=0.95, **sampler)
-    T, C, pairs = settings.steps, settings.max_completion_length, []
+    pairs: list[tuple[str, str]] = []
     for start in range(0, len(openings), 64):
         chunk = openings[start : start + 64]
-        prompt_BL, attention_BL = policy.encode_prompts(chunk, 64)
-        noise = RolloutNoise.draw(generators(seed, 0, range(start, start + len(chunk)), "samples"), T, C, 0)
-        rollout = denoise(policy.logits, prompt_BL, attention_BL, policy.mask_id, policy.is_end, settings, noise)
-        completions = policy.decode(rollout.completion_BC)
-        pairs += zip(chunk, completions, strict=True)
+        rollout = generate(policy, chunk, settings, generators(seed, 0, range(start, start + len(chunk)), "samples"))
+        pairs += zip(chunk, policy.decode(rollout.completion_BC), strict=True)
     return pairs
 
 

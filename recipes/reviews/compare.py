@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rgrl.checkpoint import Progress
 from rgrl.config import load_config
 from rgrl.data import PromptStream
-from rgrl.parts import set_up
-from rgrl.step import Clock, rollout_step, update_step
+from rgrl.runtime.clock import Clock
+from rgrl.setup import set_up
+from rgrl.step import rollout_step, update_step
 from rgrl.tracking import read_metrics
 
 HERE = Path(__file__).parent
@@ -94,18 +94,18 @@ def seconds_per_step(variants: dict, rounds: int) -> dict[str, float]:
     """Processor seconds of a rollout and an update of each variant, the median of rounds in which all take turns."""
     torch.set_num_threads(1)
     taken: dict[str, list[float]] = {name: [] for name in variants}
-    parts = {}
+    runs = {}
     for name in variants:
         path, *overrides = words_of(variants, name)
         config = load_config(path, [*overrides, "--optim.learning_rate", "1e-12", "--judge.path", "null"])
-        parts[name] = set_up(config, Accelerator(cpu=True))
+        runs[name] = set_up(config, Accelerator(cpu=True))
     for round_ in range(rounds + 1):
-        for name, one in parts.items():
+        for name, one in runs.items():
             stream = PromptStream(one.stream.prompts, round_, one.config.run.prompts_per_device, 1)
             start = time.process_time()
             # Half-way, where guidance that fades has half its strength.
             scored = rollout_step(replace(one, stream=stream), one.config.run.steps // 2, Clock())
-            update_step(one, scored, 0, Progress(), Clock())
+            update_step(one, scored, 0, 0, Clock())
             if round_ > 0:  # the first round warms up
                 taken[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
@@ -144,7 +144,7 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
 
 
 def reached(lines: list[dict], goal: float) -> float | None:
-    """The share of the budget after which the evaluation first is at `goal`, on straight lines between evaluations."""
+    """The fraction of the budget at which the evaluation first reaches `goal`, interpolated between evaluations."""
     points = [(line["step"] / lines[-1]["step"], line["eval/reward"]) for line in lines]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y1 >= goal:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rgrl.checkpoint import Progress
 from rgrl.config import load_config
 from rgrl.data import PromptStream
-from rgrl.evaluation import distinct_2
-from rgrl.parts import Parts, set_up
-from rgrl.step import Clock, roll_out, rollout_step, update_step
+from rgrl.evaluation.held_out import distinct_2
+from rgrl.runtime.clock import Clock
+from rgrl.setup import Run, set_up
+from rgrl.step import roll_out, rollout_step, update_step
 
 RECIPE = Path(__file__).with_name("rgrl.yaml")
 # Guided and exact, whatever the recipe says; the rate is so low that the updates leave the policy what it is.
@@ -42,11 +42,11 @@ VARIANTS = {
 }
 
 
-def seconds(parts: Parts) -> float:
+def seconds(run: Run) -> float:
     """One training step; the learning rate is so small that the policy stays what it is."""
     clock = Clock()
-    scored = rollout_step(parts, 0, clock)
-    update_step(parts, scored, 0, Progress(), clock)
+    scored = rollout_step(run, 0, clock)
+    update_step(run, scored, 0, 0, clock)
     return sum(clock.seconds.values())
 
 
@@ -61,13 +61,13 @@ def main() -> None:
         for name, overrides in VARIANTS.items()
         if name in {*args.only, "unguided"}  # which the others are compared with
     }
-    parts = set_up(load_config(RECIPE, PLAIN), Accelerator(cpu=True))
-    assert parts.eval_prompts is not None and parts.judge is not None
+    run = set_up(load_config(RECIPE, PLAIN), Accelerator(cpu=True))
+    assert run.eval_prompts is not None and run.judge is not None
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(args.rounds + 1):
         for name, config in variants.items():
-            stream = PromptStream(parts.stream.prompts, round_, config.run.prompts_per_device, 1)
-            spent = seconds(replace(parts, config=config, stream=stream))
+            stream = PromptStream(run.stream.prompts, round_, config.run.prompts_per_device, 1)
+            spent = seconds(replace(run, config=config, stream=stream))
             if round_ > 0:  # the first round warms up
                 taken[name].append(spent)
     print(f"{'variant':<26}{'step, x unguided':>18}{'reward':>16}{'judge':>8}{'distinct_2':>12}")
@@ -75,9 +75,9 @@ def main() -> None:
         reward, judge, texts = [], [], []
         for seed in range(args.seeds):
             config.run.seed = seed
-            scored = roll_out(replace(parts, config=config), parts.eval_prompts, config.guidance, 0, "price", Clock())
+            scored = roll_out(replace(run, config=config), run.eval_prompts, config.guidance, 0, "price", Clock())
             reward += scored.reward_B.tolist()
-            judge += parts.judge.score(scored.prompts, scored.completions).tolist()
+            judge += run.judge.score(scored.prompts, scored.completions).tolist()
             texts.append(distinct_2(scored.completions))
         ratio = statistics.median(a / b for a, b in zip(taken[name], taken["unguided"], strict=True))
         mean = torch.tensor(reward).mean().item()

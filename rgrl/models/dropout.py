@@ -1,20 +1,20 @@
-"""Dropout that belongs to rows, so that neither micro-batches nor processes change what is dropped."""
+"""Dropout with a mask per row, so that neither micro-batches nor processes change what is dropped."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RowKeys:
-    """One number a row of the batch that the policy is about to read, shared by all dropout layers."""
+    """One number a row of the next forward pass, shared by all dropout layers."""
 
     key_B: Tensor | None = None  # int32
 
 
 class RowDropout(nn.Module):
-    """Dropout of which each row's mask follows from its key, the layer, the token's place and the feature.
+    """Dropout whose mask is a hash of the row's key, the layer, the token's place and the feature.
 
-    `nn.Dropout` draws for a whole batch at once, so its masks change with the rows that happen to share it.
-    Places are counted from the right, so padding before a prompt changes nothing either.
+    `nn.Dropout` draws for a whole batch at once, so its masks depend on the other rows of the batch. Places count from
+    the right, so padding before a prompt changes nothing either.
     """
 
     def __init__(self, p: float, layer: int, keys: RowKeys) -> None:
@@ -25,22 +25,22 @@ class RowDropout(nn.Module):
         if not self.training:
             return x_BLD
         if self.keys.key_B is None:
-            raise RuntimeError("set `policy.row_keys.key_B` before a reading with dropout")
+            raise RuntimeError("a forward pass with dropout needs row_keys: use `policy.forward_passes(dropout_key_B)`")
         B, L, D = x_BLD.shape
-        # One row alone is read for company (`Lockstep`): it has no key of its own, and needs none.
+        # The dummy forward pass (`Lockstep`) has one row; any key will do.
         key_B = scatter(self.keys.key_B[:B].to(x_BLD.device) + self.layer)
         place_L = torch.arange(L - 1, -1, -1, dtype=torch.int32, device=x_BLD.device)
         feature_D = scatter(torch.arange(D, dtype=torch.int32, device=x_BLD.device))
         token_BL = scatter(key_B[:, None] + place_L)
-        # Uniform over int32, so the lowest share p of its range is dropped.
+        # Uniform over int32, so the lowest fraction p of its range is dropped.
         dropped_BLD = scatter(token_BL[..., None] ^ feature_D) < round(self.p * 2**32) - 2**31
         return (x_BLD / (1 - self.p)).masked_fill(dropped_BLD, 0.0)
 
 
 def scatter(x: Tensor) -> Tensor:
-    """A permutation of int32 after which neighbours have nothing in common (`lowbias32`, Wellons 2018).
+    """A permutation of int32 that decorrelates neighbours (`lowbias32`, Wellons 2018). Products wrap around.
 
-    The same on every device, unlike a generator's numbers. Products wrap around.
+    The same on every device, unlike a generator's numbers.
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         x = (x ^ _right(x, shift)) * factor

@@ -4,7 +4,8 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 
-from rgrl.config import ConfigError, LoraConfig
+from rgrl.config import LoraConfig
+from rgrl.errors import ConfigError
 from rgrl.models.dropout import RowDropout
 from rgrl.models.policy import Policy
 

@@ -12,7 +12,7 @@ def bridge_embeddings(
     vocab_size: int,
     mode: str,
 ) -> tuple[Tensor, dict[str, float]]:
-    """embedding_VD: row i is the reward model's embedding of policy token i; and the share of each kind of row.
+    """embedding_VD: row i is the reward model's embedding of policy token i. And the fraction of each kind of row.
 
     An identical token string takes its own row of `embedding_UD`. For the rest, `mode` says: `compose` (mean
     over the reward tokens that spell the same text), `unknown` (the unknown or end token) or `zero`.

@@ -1,4 +1,4 @@
-"""A limit on how long somebody's own Python may take."""
+"""A time limit on a user's own Python."""
 
 import faulthandler
 import signal
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rgrl.config import ConfigError
+from rgrl.errors import ConfigError
 
-GRACE = 30.0  # seconds that what cannot be interrupted has before its process ends
+GRACE = 30.0  # seconds after which a call that cannot be interrupted ends its process
 
 
 class TimeUpError(BaseException):
-    """Raised where the time is up. Not an `Exception`, so that an `except Exception` on the way does not keep it."""
+    """Raised when the time is up. Not an `Exception`, so that an `except Exception` on the way does not catch it."""
 
 
 @contextmanager

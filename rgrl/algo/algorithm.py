@@ -1,0 +1,92 @@
+"""The objective, estimator and advantage of a run: resolved by name once, refused where they do not fit together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rgrl.algo.advantages import ADVANTAGES
+from rgrl.algo.estimators import ESTIMATORS, Estimator
+from rgrl.algo.objectives import OBJECTIVES, Objective
+from rgrl.config import Config, ObjectiveConfig
+from rgrl.errors import ConfigError
+from rgrl.plugins import resolve
+
+NEEDS = frozenset({"old", "ref", "behaviour", "reference_states"})
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a scored rollout is turned into: advantages, estimates, a loss."""
+
+    objective: Objective
+    estimator: Estimator
+    advantage: Callable[[Tensor, int, ObjectiveConfig], Tensor]
+    needs: frozenset[str]  # of the objective and its settings (`Objective.needs`)
+
+
+def resolve_algorithm(config: Config) -> Algorithm:
+    """The algorithm that `config.objective` names. Raises `ConfigError` for unknown names and impossible combinations.
+
+    What an objective works with stands on the objective itself (`Objective`); nothing else knows.
+    """
+    o = config.objective
+    objective = _resolve("objective", o.name, OBJECTIVES, Objective)
+    estimator = _resolve("estimator", o.estimator, ESTIMATORS, Estimator)
+    advantage = _resolve("advantage", o.advantage, ADVANTAGES, Callable)
+    for holds, message in (*_combinations(o, objective, estimator), *_groups(config, objective)):
+        if not holds:
+            raise ConfigError(message)
+    return Algorithm(objective, estimator, advantage, objective.needs | ({"ref"} if o.beta > 0 else set()))
+
+
+def _resolve(what: str, name: str, known: dict[str, Any], kind: Any) -> Any:
+    found = resolve(name, what, known)
+    if not isinstance(found, kind):
+        raise ConfigError(f"{what} {name!r} is not of the type {kind.__name__}")
+    return found
+
+
+def _combinations(o: ObjectiveConfig, objective: Objective, estimator: Estimator) -> list[tuple[bool, str]]:
+    unknown = sorted(objective.needs - NEEDS)
+    return [
+        (not unknown, f"objective {o.name!r} needs {', '.join(unknown)}; known: {', '.join(sorted(NEEDS))}"),
+        (
+            "kl_to_reference" not in objective.readouts or "reference_states" in objective.needs,
+            f"objective {o.name!r} reads `kl_to_reference`, so its `needs` must name `reference_states`",
+        ),
+        (
+            not objective.estimators or o.estimator in objective.estimators,
+            f"`objective.name: {o.name}` needs `objective.estimator: {' or '.join(sorted(objective.estimators))}`, "
+            f"not {o.estimator}",
+        ),
+        (
+            not objective.advantages or o.advantage in objective.advantages or ":" in o.advantage,
+            f"`objective.name: {o.name}` needs `objective.advantage: {' or '.join(sorted(objective.advantages))}`, "
+            f"not {o.advantage}",
+        ),
+        (
+            "old" not in objective.needs or o.level == "sequence" or estimator.level == "token",
+            f"`objective.estimator: {o.estimator}` estimates whole completions: `objective.name: {o.name}` needs "
+            "`objective.level: sequence` with it",
+        ),
+        (
+            o.correction == "none" or "behaviour" in objective.needs,
+            f"`objective.name: {o.name}` takes no correction: set `objective.correction: none`",
+        ),
+        (
+            o.correction == "none" or o.level == "token" or o.correction_level == "sequence",
+            "`objective.level: sequence` needs `objective.correction_level: sequence`",
+        ),
+    ]
+
+
+def _groups(config: Config, objective: Objective) -> list[tuple[bool, str]]:
+    return [
+        (
+            not objective.in_groups or config.rollout.num_generations >= 2,
+            f"`objective.advantage: {config.objective.advantage}` compares completions within a group: "
+            "`rollout.num_generations` must be at least 2",
+        )
+    ]

@@ -1,0 +1,29 @@
+"""Checkpoints: their format, saving in the background, and strict resuming."""
+
+from rgrl.checkpoint.format import Progress, checkpoints, damage
+from rgrl.checkpoint.resume import (
+    check_compatible,
+    check_prompts,
+    check_writable,
+    find_checkpoint,
+    load,
+    load_adapter,
+)
+from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot, write
+
+__all__ = [
+    "Progress",
+    "Saver",
+    "Snapshot",
+    "check_compatible",
+    "check_prompts",
+    "check_writable",
+    "checkpoints",
+    "damage",
+    "find_checkpoint",
+    "load",
+    "load_adapter",
+    "set_aside_after",
+    "take_snapshot",
+    "write",
+]

@@ -1,0 +1,160 @@
+"""Find the checkpoint to resume from, refuse what does not fit, and load it strictly."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from rgrl.checkpoint.format import Progress, about, adapter_of, checkpoints, damage, read_file, unpack, versions
+from rgrl.config import Config, to_dict
+from rgrl.console import warn
+from rgrl.errors import ConfigError
+from rgrl.models import Policy
+from rgrl.seeds import seed_globals, set_global_state
+
+# Settings that a resumed run must share with its earlier part, or its metrics would not be comparable.
+_FIXED = ("model", "lora", "data", "rollout.num_generations", "run.seed")
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raise `ConfigError` unless `output_dir` is a writable folder, or can become one."""
+    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"`run.output_dir` {output_dir}: {nearest} is not a folder to write in")
+
+
+def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
+    """The whole checkpoint to resume from, None for a fresh start. Collective; raises `ConfigError`.
+
+    Only the main process looks, so that all resume from the same one.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = _choose(config.run.resume_from_checkpoint, Path(config.run.output_dir))
+        except ConfigError as error:
+            answer[1] = str(error)
+    folder, complaint = broadcast_object_list(answer)
+    if complaint is not None:
+        raise ConfigError(complaint)
+    return folder
+
+
+def _choose(wanted: str | None, output: Path) -> Path | None:
+    found = checkpoints(output)
+    if wanted is None or (wanted == "auto" and not found):
+        if wanted is None and found:
+            raise ConfigError(
+                f"`run.output_dir` {output} already holds a run: pass --run.resume_from_checkpoint latest to go on "
+                "with it, or choose another folder"
+            )
+        if wanted is None and (output / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"`run.output_dir` {output} already holds a run, stopped before its first checkpoint: delete it, "
+                "choose another folder, or start over with --run.resume_from_checkpoint auto"
+            )
+        return None
+    if wanted in ("latest", "auto"):
+        if not found:
+            raise ConfigError(f"nothing to resume: no checkpoint in {output / 'checkpoints'}")
+        problems: list[str] = []
+        for folder in reversed(found):
+            problem = damage(folder)
+            if problem is None:
+                if problems:
+                    warn(f"damaged: {'; '.join(problems)}; resuming from the newest whole checkpoint, {folder}")
+                return folder
+            problems.append(f"{folder}: {problem}")
+        raise ConfigError(f"nothing to resume: no whole checkpoint in {output / 'checkpoints'} ({'; '.join(problems)})")
+    folder = Path(wanted)
+    if not folder.is_dir():
+        raise ConfigError(f"`run.resume_from_checkpoint` {wanted} is not a checkpoint folder")
+    if problem := damage(folder):
+        raise ConfigError(f"cannot resume {folder}, it is damaged: {problem}")
+    return folder
+
+
+def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tuple[str, ...] = _FIXED) -> None:
+    """Refuse to go on with settings `keys` other than the saved ones, naming both values. Raises `ConfigError`.
+
+    With a number of `ranks`, also refuse another number of prompts per step, which determines the position in the data.
+    """
+    saved = read_file(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+    now, defaults = to_dict(config), to_dict(Config())
+    for key in keys:
+        before, after = _get(saved, key), _get(now, key)
+        if isinstance(before, dict):  # a setting younger than the checkpoint had its default
+            before = _get(defaults, key) | before
+        if before != after:
+            raise ConfigError(f"cannot resume {folder}: `{key}` was {before} and is now {after}")
+    if ranks is None:
+        return
+    processes, per_device = about(folder)["processes"], _get(saved, "run.prompts_per_device")
+    total, own = processes * per_device, config.run.prompts_per_device
+    if total != ranks * own:
+        remedy = (
+            f"set `run.prompts_per_device` to {total // ranks}"
+            if total % ranks == 0
+            else f"start a number of processes that divides {total}"
+        )
+        raise ConfigError(
+            f"cannot resume {folder}: a step had {total} prompts ({processes} processes x `run.prompts_per_device` "
+            f"{per_device}) and would now have {ranks * own} ({ranks} x {own}); {remedy}"
+        )
+
+
+def check_prompts(folder: Path, fingerprint: str) -> None:
+    """Refuse to go on with other training prompts than the saved run's. Raises `ConfigError`."""
+    before = about(folder)["prompts"]
+    if before != fingerprint:
+        raise ConfigError(f"cannot resume {folder}: `data.path` held {before} and now holds {fingerprint}")
+
+
+def _get(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+def load_adapter(folder: Path, policy: Policy) -> None:
+    """Load a checkpoint's adapter into the policy; every tensor must fit. Raises `ConfigError`."""
+    assert policy.peft_model is not None
+    adapter = read_file(folder / "adapter" / "adapter_model.safetensors", load_file)
+    found = {(name, tuple(t.shape)) for name, t in adapter.items()}
+    own = adapter_of(policy)
+    if odd := sorted(found ^ {(name, tuple(t.shape)) for name, t in own.items()}):
+        raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd[0]})")
+    set_peft_model_state_dict(policy.peft_model, adapter)
+
+
+def load(
+    folder: Path, accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer, seed: int
+) -> Progress:
+    """Restore everything `Saver` wrote; the rate and the weight decay follow the config. Raises `ConfigError`.
+
+    The global random state belongs to a rank. With another number of ranks, each seeds a new one from `seed`, the step
+    and its own number. Random numbers of this package belong to prompts and are the same either way.
+    """
+    load_adapter(folder, policy)
+    state = read_file(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
+    unpack(state["optimizer"], optimizer)
+    progress = read_file(
+        folder / "progress.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8")))
+    )
+    if len(state["rng"]) == accelerator.num_processes:
+        set_global_state(state["rng"][accelerator.process_index])
+    else:
+        seed_globals(seed, progress.step, accelerator.process_index)
+    if accelerator.is_main_process:
+        before = about(folder)["versions"]
+        for name, now in versions().items():
+            if before[name] != now:
+                warn(f"{folder} was saved with {name} {before[name]}, this is {now}: last digits may differ")
+    return progress

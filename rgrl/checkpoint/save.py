@@ -1,0 +1,196 @@
+"""Save a run's state while it goes on."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import save as safetensors_bytes
+
+from rgrl.checkpoint.format import Progress, adapter_of, checkpoints, pack, step_of, versions
+from rgrl.config import Config, to_dict
+from rgrl.console import warn
+from rgrl.models import Policy
+from rgrl.seeds import global_state
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state between two steps, copied to CPU memory, where training no longer changes it."""
+
+    adapter: dict[str, torch.Tensor]
+    adapter_config: dict[str, Any]
+    state: dict[str, Any]  # `optimizer`, and `rng`, a list with one state a rank
+    progress: Progress
+    about: dict[str, Any]
+
+
+class Saver:
+    """Saves checkpoints in the background: `save` copies the state, and a thread writes the copy.
+
+    A thread, because hashing, writing and flushing release the interpreter lock, and another process would need a
+    second copy. One checkpoint at a time; an interpreter that exits waits for it. Only the main process writes.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.failure: str | None = None  # why a checkpoint could not be written, until the trainer takes it
+        self._unexpected: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(
+        self,
+        accelerator: Accelerator,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        prompts: str,
+        lines_written: bool,
+    ) -> None:
+        """Start to write `checkpoints/step_N`, after the one before it is written. Collective.
+
+        `prompts` is the fingerprint of the training prompts. `lines_written` tells whether the metrics up to here are
+        on disk: after a checkpoint without them a resumed run would lack a line, so none is written.
+        """
+        snapshot = take_snapshot(accelerator, policy, optimizer, progress, prompts)
+        if not accelerator.is_main_process:
+            return
+        self.wait()
+        if lines_written:
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+            self._thread.start()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write(self.config, snapshot)
+        except OSError as error:
+            self.failure = f"cannot write checkpoint {snapshot.progress.step}: {error}"
+        except BaseException as error:  # raised again in `wait`
+            self._unexpected = error
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises what the writer did not expect."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._unexpected is not None:
+            raise self._unexpected
+
+
+def take_snapshot(
+    accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, prompts: str
+) -> Snapshot:
+    """A copy of the state that shares no memory with it. Collective: it holds every rank's random state."""
+    assert policy.peft_model is not None
+    adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in adapter_of(policy).items()}
+    config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
+    about = {"processes": accelerator.num_processes, "prompts": prompts, "versions": versions()}
+    state = {"optimizer": pack(optimizer), "rng": rng}
+    return Snapshot(adapter, config, state, progress, about)
+
+
+def set_aside_after(resume: Path, step: int, output: Path) -> None:
+    """Set aside checkpoints in `output` newer than `resume`, which is of this step.
+
+    Otherwise a run that is killed before it saves again would resume from them, although their metrics are dropped. The
+    next save deletes them; until then a user who did not mean it can rename them back. Raises `OSError`.
+    """
+    later = [path for path in checkpoints(output) if step_of(path) >= step and path.resolve() != resume.resolve()]
+    for folder in later:
+        _set_aside(folder)
+    if later:
+        _flush(output / "checkpoints")
+        names = ", ".join(path.name for path in later)
+        warn(f"going back to {resume}: {names} of this run are set aside, and deleted when it saves again")
+
+
+def write(config: Config, snapshot: Snapshot) -> Path:
+    """Write `checkpoints/step_N` and keep the newest `run.keep_checkpoints` up to it. Raises `OSError`.
+
+    Later ones belong to a branch abandoned for an older checkpoint, as do the metrics after it.
+    """
+    output = Path(config.run.output_dir)
+    root, step = output / "checkpoints", snapshot.progress.step
+    final, partial = root / f"step_{step:06d}", root / f".partial_{step:06d}"
+    root.mkdir(parents=True, exist_ok=True)
+    _clear(root)
+    try:
+        (partial / "adapter").mkdir(parents=True)
+        files = {}
+        for name, content in _contents(config, snapshot):
+            _put(partial / name, content)
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _put(partial / "manifest.json", _json({"files": files}))
+        for folder in (partial / "adapter", partial):
+            _flush(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # others may need its room
+        raise
+    for later in checkpoints(output):
+        # Also this step itself, which a run that went back to an older checkpoint passes again.
+        if step_of(later) >= step:
+            _set_aside(later)
+    os.replace(partial, final)
+    _flush(root)
+    _put(root / ".latest", f"{final.name}\n".encode())
+    os.replace(root / ".latest", root / "latest")
+    _flush(root)
+    for old in checkpoints(output)[: -config.run.keep_checkpoints]:
+        _set_aside(old)
+    _clear(root)
+    return final
+
+
+def _contents(config: Config, snapshot: Snapshot) -> Iterator[tuple[str, bytes | memoryview]]:
+    """Name and content of each file, made one after another.
+
+    In memory, so that what is written is what was hashed, and a full disk is an `OSError` in every format.
+    """
+    yield "adapter/adapter_model.safetensors", safetensors_bytes(snapshot.adapter, {"format": "pt"})
+    yield "adapter/adapter_config.json", _json(snapshot.adapter_config)
+    buffer = io.BytesIO()
+    torch.save(snapshot.state, buffer)
+    yield "state.pt", buffer.getbuffer()
+    yield "progress.json", _json(asdict(snapshot.progress))
+    yield "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+    yield "about.json", _json(snapshot.about)
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, indent=2, sort_keys=True, default=sorted).encode()  # `default`: peft has sets
+
+
+def _put(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint before it is deleted: a kill in between must not leave half of it under its name."""
+    os.replace(folder, folder.with_name(f".partial_{folder.name}"))
+
+
+def _clear(root: Path) -> None:
+    for leftover in root.glob(".partial_*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that another process has open
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,41 @@
+"""The settings of a run. Needs no torch, so that settings can be read and checked anywhere."""
+
+from rgrl.config.load import load_config
+from rgrl.config.rules import check
+from rgrl.config.schema import (
+    Config,
+    DataConfig,
+    GuidanceConfig,
+    JudgeConfig,
+    LoraConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrackingConfig,
+    to_dict,
+)
+from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
+
+__all__ = [
+    "REQUEUE",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "GuidanceConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RunStoppedError",
+    "TrackingConfig",
+    "check",
+    "load_config",
+    "to_dict",
+]

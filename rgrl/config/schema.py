@@ -1,0 +1,278 @@
+"""Every setting of a run, with its unit, default and source. The strings below the fields are the manual.
+
+Limits of single settings and invalid combinations are in rules.py.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""
+    """Folder or Hub id of the diffusion LM, in its authors' checkpoint format. Required."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen base weights. The adapter is always float32."""
+    family: Literal["auto", "dream", "llada"] = "auto"
+    """Model family; `auto` reads `model_type` from the checkpoint's config.json."""
+
+
+@dataclass
+class LoraConfig:
+    r: int = 32
+    """Rank. RGRL paper: 32."""
+    alpha: float = 32.0
+    """Scale; the update is multiplied by alpha / r. RGRL paper: 32."""
+    dropout: float = 0.0
+    """Probability in 0 ... 1. Paper: 0.1."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers to adapt; each must match at least one layer."""
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder written by
+    `datasets.save_to_disk`, or a Hub id. Required."""
+    eval_path: str | None = None
+    """Evaluation prompts, same forms. None: no evaluation."""
+    split: str = "train"
+    """Split of a Hub or saved data set."""
+    column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages (its first user turn is taken)."""
+    max_prompt_length: int = 512
+    """Limit in policy tokens, chat markers included; a longer prompt is an error."""
+    eval_prompts: int = 64
+    """Number of evaluation prompts used (the first ones)."""
+
+
+@dataclass
+class RewardConfig:
+    path: str | None = None
+    """Folder or Hub id of an `AutoModelForSequenceClassification` checkpoint with one label."""
+    adapter: str | None = None
+    """LoRA adapter of that model, merged when it is loaded."""
+    name: str = "model"
+    """Its name in `rewards/<name>/mean`."""
+    weight: float = 1.0
+    """Its weight in the sum of rewards."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of its weights."""
+    functions: dict[str, float] = field(default_factory=dict)
+    """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
+    `function(prompts, completions, rows)` and returns one number a completion."""
+    time_limit: float = 300.0
+    """Seconds that one call of a function may take before it is interrupted. 0: no limit. Native code that cannot be
+    interrupted ends the process 30 seconds later, and prints where it hangs."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """When a function raises or takes too long: `stop` ends the run and names it; `zero` gives all completions of the
+    call 0 from it, which contributes nothing to advantages, and counts the call in `rewards/<name>/failed`."""
+    bridge: Literal["compose", "unknown", "zero"] = "compose"
+    """Embedding of a policy token that the reward model's tokenizer lacks: the mean of the tokens that spell it
+    (`compose`), the unknown or end token (`unknown`), or `zero`."""
+    attend_eos: bool = False
+    """Whether the end-of-text token itself is shown to the guide. False agrees with scoring decoded text."""
+
+
+@dataclass
+class JudgeConfig:
+    path: str | None = None
+    """A second reward model that is only ever used in evaluation. None: no judge."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of its weights."""
+
+
+@dataclass
+class RolloutConfig:
+    num_generations: int = 4
+    """G, completions per prompt. Paper: 4."""
+    max_completion_length: int = 128
+    """C, mask tokens appended to each prompt. Paper: 128."""
+    steps: int = 128
+    """T, denoising steps, 1 ... C. Paper: 128."""
+    temperature: float = 0.9
+    """Sampling temperature, > 0. Paper: 0.9 in training, 0.7 at test time."""
+    top_p: float = 0.95
+    """Nucleus: smallest set of tokens with this probability, in (0, 1]. Paper: 0.95."""
+    top_k: int = 50
+    """Only the k most likely tokens; 0 means all. Paper: 50."""
+    confidence: Literal["entropy", "maskgit_plus", "topk_margin", "origin"] = "entropy"
+    """Which positions to commit first: lowest entropy, most probable sampled token, widest margin between the two
+    best tokens, or at random."""
+    confidence_from: Literal["policy", "guided"] = "policy"
+    """Whether the confidence is computed from the policy's own logits or the guided ones. With `policy` the unmasking
+    order ignores guidance, except with `maskgit_plus`, which uses the probability of the sampled token."""
+    position_temperature: float = 0.0
+    """Temperature of Gumbel noise added to the confidence; 0 is none."""
+    micro_batch: int = 0
+    """Number of rows that a process denoises at a time, in rollouts and evaluation; 0: all of a rollout's. Fewer use
+    less memory and take longer; the rollouts are the same."""
+    defer_eos: bool = False
+    """Give a sampled end-of-text the lowest confidence, so that it is not committed early."""
+    commit_above: float = 1.0
+    """Approximation: a step also commits every position whose best token has a probability above this, which
+    takes fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
+    block_length: int = 0
+    """Approximation: generate this many tokens at a time from left to right, and recompute the keys and values of what
+    precedes them only when a block begins (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
+
+
+@dataclass
+class GuidanceConfig:
+    kind: Literal["none", "expectation", "aps", "entrgi"] = "entrgi"
+    """`none`; `expectation` (soft embeddings); `aps` (straight-through); `entrgi` (blend by entropy)."""
+    steps: int = 1
+    """M, gradient steps per denoising step. Paper: 1 in training, 3 at test time."""
+    eta: float = 0.5
+    """Step size on the logits. Paper: 0.5."""
+    every: int = 1
+    """Approximation: guide only at every k-th denoising step."""
+    top_n: int = 0
+    """Approximation: guide only the n most likely tokens of each position; 0 means all."""
+    support: Literal["guided", "policy"] = "guided"
+    """What can be sampled: the top-p/top-k of the steered logits (the paper's way), or that of the policy's own logits,
+    weighted by the steered ones. A correction for guidance can be exact only with `policy`, or without truncation."""
+    share: float = 1.0
+    """Fraction of each group's completions that are guided, 0 ... 1; the others are the policy's own."""
+    eta_final: float | None = None
+    """Step size at the last step of the run, reached linearly from `eta`. None: constant."""
+    probe_prompts: int = 16
+    """Number of evaluation prompts that each evaluation also completes with guidance, to measure its effect."""
+    path: str | None = None
+    """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "reinforce"
+    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, or a dotted path `package.module:attribute`."""
+    estimator: str = "one_step"
+    """Log-probability estimator: `one_step`, `elbo`, `coupled`, `quadrature`, `sequence_elbo`, `trajectory`,
+    `trajectory_sampled`, `block_bounds`, or a dotted path. `rgrl/algo/estimators.py` says what each one is."""
+    draws: int = 2
+    """Number of random canvases (`elbo`, `block_bounds`), pairs of them (`coupled`, `sequence_elbo`), quadrature nodes
+    (`quadrature`) or steps (`trajectory_sampled`) per estimate."""
+    trajectory_steps: int = 1
+    """`trajectory`, `trajectory_sampled`: denoising steps that share a canvas; 1 is exact, more is cheaper."""
+    block_length: int = 0
+    """`block_bounds`: tokens of a block; 0 is the whole completion."""
+    upper_power: float = 1.5
+    """`block_bounds`: power of the upper bound, at least 1. SPG paper: 1.5."""
+    upper_share: float = 0.5
+    """`block_bounds`: weight of the upper bound where the advantage is not positive, 0 ... 1. SPG paper: 0.5."""
+    advantage: str = "zscore"
+    """`centred`, `zscore`, `leave_one_out`, `reward_weighted`, `wd1`, or a dotted path."""
+    weight_temperature: float = 1.0
+    """`reward_weighted`: beta, `wd1`: 1 / psi, in units of the reward."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Importance weights for tokens sampled under guidance, from c = (probability under the policy) / (under the guided
+    sampler): `none` is 1, `truncate` min(c, correction_max), `mask` c where correction_min <= c <= correction_max, else
+    0."""
+    correction_level: Literal["token", "sequence"] = "token"
+    """Whether c is of one token, or the product over a completion."""
+    correction_min: float = 0.5
+    """Lower end of the band of `mask`."""
+    correction_max: float = 2.0
+    """Upper end; `.inf` with `truncate` is the full correction."""
+    beta: float = 0.0
+    """Weight of the k3 estimate of KL(policy || frozen base), per token."""
+    level: Literal["token", "sequence"] = "token"
+    """`grpo`: whether the ratio and its clipping are per token or of a completion's mean token (GSPO)."""
+    epsilon_low: float = 0.2
+    """`grpo`: the ratio is clipped below 1 - epsilon_low."""
+    epsilon_high: float = 0.2
+    """`grpo`: the ratio is clipped above 1 + epsilon_high."""
+    iterations: int = 1
+    """Optimizer updates per rollout."""
+    prompt_mask: float = 0.3
+    """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
+
+
+@dataclass
+class OptimConfig:
+    learning_rate: float = 5e-6
+    """Peak learning rate of AdamW. Paper: 5e-6 at 7B."""
+    warmup_steps: int = 0
+    """Number of optimizer updates over which the rate rises to its peak in equal steps."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or a decay that would reach 0 just after the last update."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = ""
+    """Where everything is written. Must not hold a run already, unless it is resumed. Required."""
+    seed: int = 0
+    """Seed of everything random."""
+    steps: int = 500
+    """Number of RGRL steps (one rollout each)."""
+    save_steps: int = 100
+    """Number of steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints kept."""
+    eval_steps: int = 100
+    """Number of steps between evaluations, which also run before the first step and after the last. 0: never."""
+    prompts_per_device: int = 2
+    """P, prompts each process rolls out per step; rows per process are P times num_generations. Paper: 2."""
+    gradient_accumulation_steps: int = 1
+    """Number of micro-batches into which a process splits its rows for the update; must divide them."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    empty_cache: Literal["never", "step", "phase"] = "never"
+    """When to return cached memory to the GPU: never, after each step, or also between rollout and update (`phase`),
+    whose tensors have different shapes and may not fit each other's cached blocks."""
+    resume_from_checkpoint: str | None = None
+    """`latest`: the newest whole checkpoint of `output_dir`; `auto`: the same, or a fresh start if there is none
+    yet (for requeued jobs); or the path of a checkpoint folder."""
+    max_hours: float = 0.0
+    """Hours of wall clock after which the run saves and exits with code 75, as it does on SIGTERM and SIGUSR1: at the
+    end of the current rollout or update. 0: no limit."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others before it ends the run."""
+    max_skipped: int = 10
+    """Number of updates in a row skipped for a loss or gradient that is not finite, after which the run stops. The
+    batch of each is written to `skipped/`."""
+    on_write_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint, a line of metrics or a table cannot be written, such as on a full disk: `stop` ends the run;
+    `continue` warns and tries again after the next step, except for a table, which is lost. Older checkpoints stay
+    whole either way."""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: bool = True
+    """Log to Weights & Biases too. Its own settings (WANDB_MODE ...) decide how; offline without an account."""
+    project: str = "rgrl"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name. None: the output folder's name."""
+    completions_steps: int = 10
+    """Number of steps between tables of rollouts; the last step always saves one. 0: only that one. Every evaluation
+    saves its own."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config, or a section of one, as nested dictionaries."""
+    return dataclasses.asdict(config)

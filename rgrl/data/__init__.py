@@ -1,0 +1,6 @@
+"""Prompts: reading them, and which of them a step sees."""
+
+from rgrl.data.sources import load_prompts
+from rgrl.data.stream import PromptStream
+
+__all__ = ["PromptStream", "load_prompts"]

@@ -1,0 +1,124 @@
+"""Unguided completions of held-out prompts, under the reward, the judge and the frozen base."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from rgrl.algo.estimators import masked_nll
+from rgrl.config import Config
+from rgrl.evaluation import Evaluation, Generate
+from rgrl.models import Policy
+from rgrl.rewards import ClassifierReward, Rewards
+from rgrl.rollout import Guidance
+from rgrl.seeds import generators
+from rgrl.types import Prompts, Rollout
+
+
+def distinct_2(texts: list[str]) -> float:
+    """Distinct word pairs over all word pairs of a set of texts (Li et al. 2016, arXiv 1510.03055); 0 if none."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+@dataclass
+class Gathered:
+    """What this rank has measured so far."""
+
+    nll_3: Tensor  # float64: negative log-likelihood under the base, number of tokens, the same under the policy
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    guided: dict[int, float] = field(default_factory=dict)  # reward of guided completions, by number of the prompt
+
+
+@dataclass
+class HeldOut:
+    """One unguided completion per prompt, always with the same random numbers.
+
+    Where `guidance_at` gives guidance for a step, the first `guidance.probe_prompts` prompts are also completed with it
+    and those random numbers, to measure what guidance is worth. None of that enters `eval/*`.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    policy: Policy
+    rewards: Rewards
+    judge: ClassifierReward | None
+    prompts: Prompts
+    guidance_at: Callable[[int], Guidance | None]
+    name: str = "eval"
+
+    def __call__(self, generate: Generate, step: int) -> Evaluation:
+        """The evaluation, over all ranks."""
+        guidance, policy = self.guidance_at(step), self.policy
+        mine = range(self.accelerator.process_index, len(self.prompts), self.accelerator.num_processes)
+        rollout = self.config.rollout
+        size = rollout.micro_batch or max(8, self.config.run.prompts_per_device * rollout.num_generations)
+        gathered = Gathered(torch.zeros(3, device=policy.device, dtype=torch.float64))
+        with policy.forward_passes():
+            for start in range(0, len(mine), size):
+                self._unguided(generate, list(mine[start : start + size]), gathered)
+                probe = [i for i in mine[start : start + size] if i < self.config.guidance.probe_prompts]
+                if guidance is not None and probe:
+                    prompts = self.prompts.take(probe)
+                    steered = generate(prompts, probe, guidance)
+                    total_B, _ = self.rewards.score(prompts, policy.decode(steered.completion_BC))
+                    gathered.guided |= dict(zip(probe, total_B.tolist(), strict=True))
+        return self._over_all_ranks(gathered)
+
+    def _unguided(self, generate: Generate, numbers: list[int], gathered: Gathered) -> None:
+        """Add completions of the prompts with these numbers, their scores and their likelihoods."""
+        prompts = self.prompts.take(numbers)
+        rollout = generate(prompts, numbers)
+        completions = self.policy.decode(rollout.completion_BC)
+        total_B, _ = self.rewards.score(prompts, completions)
+        judged: list[float] | list[None] = [None] * len(prompts)
+        if self.judge is not None:
+            judged = self.judge.score(prompts, completions).tolist()
+        own, _ = self._masked_nll(rollout, numbers)
+        with self.policy.reference():
+            base = self._masked_nll(rollout, numbers)
+        gathered.nll_3 += torch.stack([*base, own]).double()
+        lengths = rollout.completion_mask_BC.sum(1).tolist()
+        for i, prompt, text, r, j, n in zip(
+            numbers, prompts.texts, completions, total_B.tolist(), judged, lengths, strict=True
+        ):
+            gathered.rows.append(
+                {"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n}
+            )
+
+    def _masked_nll(self, rollout: Rollout, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        seeds = generators(self.config.run.seed, 0, numbers, "base_nll")
+        return masked_nll(self.policy.logp, rollout, seeds, self.policy.mask_id)
+
+    def _over_all_ranks(self, gathered: Gathered) -> Evaluation:
+        rows = sorted(gather_object(gathered.rows), key=lambda row: row["index"])
+        guided = dict(gather_object(list(gathered.guided.items())))
+        base_nll, count, own_nll = self.accelerator.reduce(gathered.nll_3, "sum").tolist()
+        reward = [row["reward"] for row in rows]
+        metrics = {
+            "eval/reward": _mean(reward),
+            "eval/reward_std": _std(reward),
+            "eval/distinct_2": distinct_2([row["completion"] for row in rows]),
+            "eval/base_nll": base_nll / max(count, 1.0),
+            "eval/kl": (base_nll - own_nll) / max(count, 1.0),
+            "eval/length": _mean([row["length"] for row in rows]),
+        }
+        if guided:
+            metrics["guidance/reward_before"] = _mean([row["reward"] for row in rows if row["index"] in guided])
+            metrics["guidance/reward_after"] = _mean(list(guided.values()))
+        if self.judge is not None:
+            metrics["eval/judge"] = _mean([row["judge"] for row in rows])
+            metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
+        return Evaluation(metrics, rows)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _std(values: list[float]) -> float:
+    return torch.tensor(values, dtype=torch.float64).std(correction=0).item()

@@ -1,0 +1,106 @@
+"""Vocabulary-sized work at hidden places, a chunk of places at a time.
+
+A readout turns the logits of a chunk into one value a place: a log-probability, an entropy, a KL divergence, an
+expected embedding. Several readouts share one projection. For the gradient each chunk is computed again, so no tensor
+of N x V is kept for the backward pass. To add one, write a function of `Places` and name it in `READOUTS`, or by dotted
+path; an objective asks for it by that name (`Objective.readouts`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Places:
+    """N places of one chunk: what a readout can use."""
+
+    logits_NV: Tensor  # float32, with gradient where it is enabled; -inf at the mask token
+    token_N: Tensor  # int64, the token asked about at each place
+    given: Mapping[str, Tensor]  # further inputs by name, first dimension N, such as `reference_NH`
+    project: Callable[[Tensor], Tensor]  # final hidden states (..., H) -> logits (..., V), such as the reference's
+
+
+Readout = Callable[[Places], Tensor]  # -> one value a place, first dimension N
+
+
+def token_logp(places: Places) -> Tensor:
+    """logp_N = log softmax(logits)[token], nats, untempered."""
+    return -F.cross_entropy(places.logits_NV, places.token_N, reduction="none")
+
+
+def entropy(places: Places) -> Tensor:
+    """H_N = -sum_v p_v log p_v, nats, untempered."""
+    logp_NV = finite_log_softmax(places.logits_NV)
+    return -(logp_NV.exp() * logp_NV).sum(-1)
+
+
+def kl_to_reference(places: Places) -> Tensor:
+    """KL_N(p || q) = sum_v p_v (log p_v - log q_v), nats, untempered, over the whole vocabulary.
+
+    q is the reference's distribution, projected without gradient from its final hidden states `given["reference_NH"]`.
+    The mask column, -inf on both sides, contributes 0. An objective that uses this needs `reference_states`.
+    """
+    with torch.no_grad():
+        reference_NV = finite_log_softmax(places.project(places.given["reference_NH"]))
+    logp_NV = finite_log_softmax(places.logits_NV)
+    return (logp_NV.exp() * (logp_NV - reference_NV)).sum(-1)
+
+
+def expected_embedding(embedding_VD: Tensor, temperature: float = 1.0) -> Readout:
+    """The readout e_ND = softmax(logits / temperature) @ embedding_VD, as a reward's gradient in the weights needs."""
+
+    def readout(places: Places) -> Tensor:
+        return (places.logits_NV / temperature).softmax(-1).to(embedding_VD.dtype) @ embedding_VD
+
+    return readout
+
+
+def finite_log_softmax(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities with the impossible tokens (logit -inf) at a finite -1e4, whose probability is exactly 0.
+
+    So products of probability and log-probability, and their gradients, hold no 0 x inf.
+    """
+    return logits_NV.log_softmax(-1).clamp(min=-1e4)
+
+
+READOUTS: dict[str, Readout] = {
+    "token_logp": token_logp,
+    "entropy": entropy,
+    "kl_to_reference": kl_to_reference,
+}
+
+
+def read_out(
+    project: Callable[[Tensor], Tensor],
+    states_NH: Tensor,
+    token_N: Tensor,
+    readouts: Mapping[str, Readout],
+    given: Mapping[str, Tensor] | None = None,
+    *,
+    vocab_size: int,
+) -> dict[str, Tensor]:
+    """The value of each readout at N places, by name, first dimension N.
+
+    `project` turns final hidden states (n, H) into logits (n, V); `given` goes to the readouts, chunked as the places.
+    A chunk's logits take at most 8 MiB on a CPU and 256 MiB on a GPU, whatever N is.
+    """
+    given = given or {}
+    names, extra = list(readouts), list(given)
+
+    def chunk(states_nH: Tensor, token_n: Tensor, *given_n: Tensor) -> tuple[Tensor, ...]:
+        places = Places(project(states_nH), token_n, dict(zip(extra, given_n, strict=True)), project)
+        return tuple(readouts[name](places) for name in names)
+
+    size = max(1, (2**26 if states_NH.is_cuda else 2**21) // vocab_size)
+    inputs = (states_NH, token_N, *(given[name] for name in extra))
+    chunks = list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        values = [chunk(*tensors) for tensors in chunks]
+    else:
+        values = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
+    return {name: torch.cat(pieces) for name, pieces in zip(names, zip(*values, strict=True), strict=True)}

@@ -1,0 +1,296 @@
+"""The one masked-canvas unmasking loop: prompts in, completions and the log-probabilities of their tokens out.
+
+A step is four verbs: read the masked logits, steer them, choose places, commit tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rgrl.config import RolloutConfig
+from rgrl.rollout.guidance import Guide, Hidden, steer
+from rgrl.rollout.sampling import Support, draw_uniform, support_of
+from rgrl.rollout.schedule import Window, write_schedule
+from rgrl.rollout.select import confidence, most_confident, spread
+from rgrl.types import PrefixCache, Rollout
+
+
+class DiffusionLM(Protocol):
+    """What denoising needs of a policy. `rgrl.models.Policy` is one."""
+
+    mask_id: int
+
+    def logits(
+        self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor, prefix: PrefixCache | None = None, /
+    ) -> Tensor:
+        """logits_NV, float32, at the places `at` (int64) of the flattened canvas. Steering writes to them."""
+        ...
+
+    def is_end(self, ids: Tensor, /) -> Tensor:
+        """True where a token ends the completion."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutNoise:
+    """All random numbers of a rollout, uniform, drawn once as data. A row's numbers depend only on its generator."""
+
+    token_BTC: Tensor  # picks the tokens
+    order_BTC: Tensor  # ranks the positions: `origin` and the position temperature
+    hard_BTMC: Tensor  # picks the hard tokens of guidance
+
+    @staticmethod
+    def draw(generators: Sequence[torch.Generator], T: int, C: int, M: int) -> "RolloutNoise":
+        """One generator a row. Guided and unguided rollouts (M = 0) share token and order noise."""
+        draws = [[draw_uniform(shape, g) for shape in ((T, C), (T, C), (T, M, C))] for g in generators]
+        return RolloutNoise(*(torch.stack(rows) for rows in zip(*draws, strict=True)))
+
+    def rows(self, rows_A: Tensor) -> "RolloutNoise":
+        """The noise of some rows."""
+        return RolloutNoise(*(noise[rows_A] for noise in vars(self).values()))
+
+    def to(self, device: torch.device) -> "RolloutNoise":
+        """The same numbers on `device`."""
+        return RolloutNoise(*(noise.to(device) for noise in vars(self).values()))
+
+
+@dataclass
+class DenoiseStats:
+    """What a rollout saw, kept as tensors so that the loop never waits for the device."""
+
+    entropy: list[Tensor] = field(default_factory=list)  # of the policy's own sampling, summed over committed tokens
+    committed: list[Tensor] = field(default_factory=list)  # number of tokens committed, by step
+    changed: list[Tensor] = field(default_factory=list)  # of those, how many got another most likely token by guidance
+    guided: list[Tensor] = field(default_factory=list)  # number of tokens committed by guided steps
+    broken: list[Tensor] = field(default_factory=list)  # number of their gradients that were not finite
+    # By quarter of the denoising steps: the entropy weight w summed over hidden positions, and how many those are.
+    weight: dict[int, list[tuple[Tensor, int]]] = field(default_factory=lambda: {q: [] for q in (1, 2, 3, 4)})
+
+    def record(self, chosen_N: Tensor, own: Support, step: "SteeredStep", quarter: int) -> None:
+        """Add one step. `chosen_N` (bool) are the places that it commits, `own` the policy's own distribution."""
+        self.committed.append(chosen_N.sum())
+        self.entropy.append(torch.where(chosen_N, own.entropy(), 0.0).sum())
+        if step.broken is not None:
+            self.changed.append(((step.support.best() != own.best()) & chosen_N).sum())
+            self.guided.append(chosen_N.sum())
+            self.broken.append(step.broken)
+        if step.w_N is not None:
+            self.weight[quarter].append((step.w_N.sum(), len(step.w_N)))
+
+
+@dataclass(frozen=True)
+class OpenPlaces:
+    """The N hidden places of a step, row by row."""
+
+    hidden_N: Tensor  # in the flattened completions of the rows still being written, cut at the window's end
+    row_N: Tensor  # number of the row among the rows still being written
+    place_N: Tensor  # place in the row's completion
+    flat_N: Tensor  # in the flattened completions of all B rows
+
+
+@dataclass
+class Canvas:
+    """B completions while they are written: what is there, when it was committed, both log-probabilities."""
+
+    tokens_BL: Tensor  # prompts and completions; the mask token at hidden places
+    attention_BL: Tensor
+    masked_BC: Tensor  # bool, places still to be written; False after the end of a finished row
+    step_BC: Tensor
+    behaviour_BC: Tensor
+    policy_BC: Tensor
+    rows_A: Tensor  # numbers of the rows still being written
+
+    @staticmethod
+    def start(prompt_BL: Tensor, attention_BL: Tensor, config: RolloutConfig, mask_id: int) -> "Canvas":
+        """C mask tokens after each left-padded prompt. `step_BC` is T where nothing gets committed."""
+        B, C, device = len(prompt_BL), config.max_completion_length, prompt_BL.device
+        return Canvas(
+            tokens_BL=torch.cat([prompt_BL, torch.full((B, C), mask_id, device=device)], 1),
+            attention_BL=torch.cat([attention_BL, torch.ones(B, C, dtype=torch.bool, device=device)], 1),
+            masked_BC=torch.ones(B, C, dtype=torch.bool, device=device),
+            step_BC=torch.full((B, C), config.steps, device=device),
+            behaviour_BC=torch.zeros(B, C, device=device),
+            policy_BC=torch.zeros(B, C, device=device),
+            rows_A=torch.arange(B, device=device),
+        )
+
+    @property
+    def width(self) -> int:
+        """Length of the prompts, padding included."""
+        return self.tokens_BL.shape[1] - self.masked_BC.shape[1]
+
+    @property
+    def completion_BC(self) -> Tensor:
+        """A view: writing to it writes the canvas."""
+        return self.tokens_BL[:, self.width :]
+
+    def drop_finished(self, is_end: Callable[[Tensor], Tensor]) -> Tensor:
+        """Stop writing rows whose text is final. Returns which of `rows_A` stay (bool). Waits for the device."""
+        self.masked_BC &= unfinished(self.completion_BC, self.masked_BC, is_end)[:, None]
+        keep_A = self.masked_BC[self.rows_A].any(1)
+        if not keep_A.all():
+            self.rows_A = self.rows_A[keep_A]
+        return keep_A
+
+    def open_places(self, end: int, N: int) -> OpenPlaces:
+        """The N hidden places before `end` of the rows still being written."""
+        C = self.masked_BC.shape[1]
+        hidden_N = self.masked_BC[self.rows_A, :end].flatten().sort(descending=True, stable=True).indices[:N]
+        row_N, place_N = hidden_N // end, hidden_N % end
+        return OpenPlaces(hidden_N, row_N, place_N, self.rows_A[row_N] * C + place_N)
+
+    def commit(self, commit_BC: Tensor, t: int, flat_N: Tensor, token_N: Tensor, logp: tuple[Tensor, Tensor]) -> None:
+        """Write `token_N` where `commit_BC` holds, at step t; `logp` is (behaviour_N, policy_N) of those tokens."""
+        B, C = commit_BC.shape
+        for record_BC, value_N in zip(
+            (self.completion_BC, self.behaviour_BC, self.policy_BC), (token_N, *logp), strict=True
+        ):
+            record_BC.copy_(torch.where(commit_BC, spread(value_N, flat_N, B, C, 0), record_BC))
+        self.step_BC.masked_fill_(commit_BC, t)
+        self.masked_BC &= ~commit_BC
+
+    def finish(self, mask_id: int, is_end: Callable[[Tensor], Tensor]) -> Rollout:
+        """The rollout. What a finished row left open comes after its end token, which fills it."""
+        completion_BC = self.completion_BC
+        is_end_BC = is_end(completion_BC)
+        first_end_B1 = completion_BC.gather(1, is_end_BC.byte().argmax(1, keepdim=True))
+        completion_BC.copy_(torch.where(completion_BC == mask_id, first_end_B1, completion_BC))
+        ended_BC = is_end_BC.long().cumsum(1)
+        return Rollout(
+            canvas_BL=self.tokens_BL,
+            attention_BL=self.attention_BL,
+            completion_mask_BC=(ended_BC - is_end_BC.long()) == 0,
+            unmask_step_BC=self.step_BC,
+            behaviour_logp_BC=self.behaviour_BC,
+            policy_logp_BC=self.policy_BC,
+        )
+
+
+class MaskedLogits:
+    """The policy's logits at hidden places, with the forward passes that can be spared left out."""
+
+    def __init__(self, policy: DiffusionLM, canvas: Canvas, config: RolloutConfig) -> None:
+        self.policy, self.canvas, self.blocks = policy, canvas, bool(config.block_length)
+        self.prefix = PrefixCache(0)
+        # The rows of a group start identical, so the first step needs one forward pass for each group.
+        self.row_U, self.group_B = first_occurrences(torch.cat([canvas.tokens_BL, canvas.attention_BL], 1))
+
+    def keep_rows(self, keep_A: Tensor) -> None:
+        """Forget the cache of rows that are finished."""
+        if not keep_A.all():
+            self.prefix = self.prefix.rows(keep_A)
+
+    def __call__(self, t: int, window: Window, places: OpenPlaces) -> Tensor:
+        """logits_NV at `places` in step t."""
+        canvas = self.canvas
+        tokens_BL, attention_BL, width = canvas.tokens_BL, canvas.attention_BL, canvas.width
+        L = tokens_BL.shape[1]
+        if t == 0 and len(self.row_U) < len(tokens_BL):
+            place_C = torch.arange(width, width + window.end, device=tokens_BL.device)
+            at_UC = torch.arange(len(self.row_U), device=tokens_BL.device)[:, None] * L + place_C
+            logits_NV = self.policy.logits(tokens_BL[self.row_U], attention_BL[self.row_U], at_UC.flatten())
+            return logits_NV.unflatten(0, at_UC.shape)[self.group_B].flatten(0, 1)
+        at_N = places.row_N * L + width + places.place_N
+        if not self.blocks:
+            return self.policy.logits(tokens_BL[canvas.rows_A], attention_BL[canvas.rows_A], at_N)
+        if window.hidden == window.end - window.first or t == 1:  # a new block, or the first pass over every row
+            self.prefix = PrefixCache(width + window.first - 1)  # the state before the block scores its first token
+        return self.policy.logits(tokens_BL[canvas.rows_A], attention_BL[canvas.rows_A], at_N, self.prefix)
+
+
+@dataclass(frozen=True)
+class SteeredStep:
+    """The distribution that a step samples from, and what steering it told."""
+
+    support: Support
+    w_N: Tensor | None = None  # entropy weights (`entrgi` only)
+    broken: Tensor | None = None  # number of gradients that were not finite; None: the step was not guided
+
+
+def steered_step(
+    logits_NV: Tensor,
+    own: Support,
+    hidden: Hidden,
+    u_MN: Tensor,
+    guide: Guide,
+    config: RolloutConfig,
+    policy: DiffusionLM,
+) -> SteeredStep:
+    """Steer `logits_NV` in place, and take the distribution of what comes out."""
+    w_N, broken = steer(logits_NV, own, hidden, u_MN, guide, config, policy.is_end)
+    if guide.config.support == "policy":
+        return SteeredStep(own.steered(logits_NV, config.temperature), w_N, broken)
+    return SteeredStep(support_of(logits_NV, config.temperature, config.top_k, config.top_p), w_N, broken)
+
+
+@torch.no_grad()
+def denoise(
+    policy: DiffusionLM,
+    prompt_BL: Tensor,
+    attention_BL: Tensor,
+    config: RolloutConfig,
+    noise: RolloutNoise,
+    guide: Guide | None = None,
+    stats: DenoiseStats | None = None,
+) -> Rollout:
+    """Unmask C tokens after each left-padded prompt in T steps (EntRGi, arXiv 2602.05000, algorithm 1).
+
+    Each step takes the policy's logits at the hidden positions, steers them if `guide` is given, samples every hidden
+    position and commits the k most confident of each row, k from the linear schedule. The rollout records the step of
+    each token and its log-probability under the guided (behaviour) and the policy's own tempered, truncated
+    distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
+    """
+    B, C, noise = len(prompt_BL), config.max_completion_length, noise.to(prompt_BL.device)
+    canvas = Canvas.start(prompt_BL, attention_BL, config, policy.mask_id)
+    masked_logits = MaskedLogits(policy, canvas, config)
+    # Asking a GPU for a value makes it wait, so there rows leave only where `commit_above` asks anyway.
+    drops_rows = prompt_BL.device.type == "cpu" or config.commit_above < 1
+    for t, window in enumerate(write_schedule(C, config.steps, config.block_length)):
+        if window.commit == 0:
+            continue
+        N = len(canvas.rows_A) * window.hidden  # known without asking, if every row hides as many
+        if drops_rows and t > 0:
+            masked_logits.keep_rows(canvas.drop_finished(policy.is_end))
+            N = int(canvas.masked_BC[:, : window.end].sum())
+            if N == 0:
+                continue
+        places = canvas.open_places(window.end, N)
+        logits_NV = masked_logits(t, window, places)
+        own = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
+        step = SteeredStep(own)
+        if guide is not None and guide.steers(t):
+            hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], places.hidden_N, canvas.rows_A)
+            u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, places.flat_N]
+            step = steered_step(logits_NV, own, hidden, u_MN, guide, config, policy)
+        token_N = step.support.token(step.support.pick(noise.token_BTC[:, t].flatten()[places.flat_N]))
+        order_N = noise.order_BTC[:, t].flatten()[places.flat_N]
+        ranked = step.support if config.confidence_from == "guided" else own
+        confidence_N = confidence(ranked, token_N, order_N, config, policy.is_end)
+        also_BC = None
+        if config.commit_above < 1:
+            sure_N = ranked.logp(ranked.best()).exp() > config.commit_above
+            also_BC = spread(sure_N, places.flat_N, B, C, False)
+        commit_BC = most_confident(spread(confidence_N, places.flat_N, B, C, float("-inf")), window.commit, also_BC)
+        logp = step.support.logp(token_N), own.logp(token_N)
+        canvas.commit(commit_BC, t, places.flat_N, token_N, logp)
+        if stats is not None:
+            stats.record(commit_BC.flatten()[places.flat_N], own, step, 1 + 4 * t // config.steps)
+    return canvas.finish(policy.mask_id, policy.is_end)
+
+
+def first_occurrences(rows_BX: Tensor) -> tuple[Tensor, Tensor]:
+    """row_U, the first of each set of equal rows, and group_B, the set of each row. Waits for the device."""
+    rows = [tuple(row) for row in rows_BX.tolist()]
+    first = {row: b for b, row in reversed(list(enumerate(rows)))}
+    group = {row: u for u, row in enumerate(sorted(first, key=first.__getitem__))}
+    row_U = torch.tensor(sorted(first.values()), device=rows_BX.device)
+    return row_U, torch.tensor([group[row] for row in rows], device=rows_BX.device)
+
+
+def unfinished(completion_BC: Tensor, masked_BC: Tensor, is_end: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rows (bool, B) that hide a token before their first end token. Later tokens are not part of the text."""
+    ended_BC = (is_end(completion_BC) & ~masked_BC).cumsum(1) > 0
+    return (masked_BC & ~ended_BC).any(1)

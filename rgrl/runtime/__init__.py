@@ -1,0 +1,1 @@
+"""Processes, machines and time: launching, exchanges, stopping, metrics over all ranks."""

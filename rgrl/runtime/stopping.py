@@ -1,0 +1,53 @@
+"""Requests to end a run before its last step: SIGTERM, SIGUSR1, and the end of `run.max_hours`.
+
+A request is only recorded. The trainer looks at the end of each rollout and of each step and sums requests over all
+ranks, so every rank stops at the same place, even where a scheduler told only one of them. To add a signal, add its
+name to `SIGNALS`.
+"""
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = ("SIGTERM", "SIGUSR1")
+REASONS = (*SIGNALS, "run.max_hours")
+
+
+class StopRequests:
+    """Context in which signals are recorded instead of obeyed. Counts time from its creation, on a monotonic clock.
+
+    Outside the main thread, where Python delivers no signals, it only watches the time.
+    """
+
+    def __init__(self, max_hours: float) -> None:
+        self._end = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._seen: set[str] = set()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                number = getattr(signal, name, None)  # SIGUSR1 is not everywhere
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: not one of Python's
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._seen.add(signal.Signals(number).name)
+
+    def asked(self) -> list[int]:
+        """1 for each of `REASONS` that applies to this process, else 0."""
+        if self._end is not None and time.monotonic() >= self._end:
+            self._seen.add("run.max_hours")
+        return [int(name in self._seen) for name in REASONS]
+
+
+def first_reason(counts: list[int]) -> str | None:
+    """The first of `REASONS` that applies to any rank, given the ranks' `asked()` summed."""
+    return next((name for name, count in zip(REASONS, counts, strict=True) if count), None)

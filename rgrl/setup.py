@@ -1,0 +1,117 @@
+"""What a run is made of, loaded and checked before any long work: processes, models, data, algorithm, evaluators."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+
+from rgrl.algo import Algorithm, resolve_algorithm
+from rgrl.config import Config, GuidanceConfig
+from rgrl.data import PromptStream, load_prompts
+from rgrl.errors import ConfigError
+from rgrl.evaluation import Evaluator
+from rgrl.evaluation.held_out import HeldOut
+from rgrl.models import Policy, add_lora, load_policy
+from rgrl.models.lora import adapter_parameters, check_gradients
+from rgrl.models.readout import READOUTS, Places, Readout, token_logp
+from rgrl.plugins import resolve
+from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
+from rgrl.rollout import Guidance, generate
+from rgrl.rollout.guidance import guidance_at
+from rgrl.rollout.sampling import sampled_logp
+from rgrl.runtime.launch import shard_size
+from rgrl.seeds import generators, seed_globals
+from rgrl.types import Prompts, Rollout
+
+
+@dataclass
+class Run:
+    """Everything a run is made of."""
+
+    config: Config
+    accelerator: Accelerator
+    policy: Policy
+    rewards: Rewards
+    guide_model: ClassifierReward | None  # None: rollouts are unguided
+    judge: ClassifierReward | None
+    stream: PromptStream
+    eval_prompts: Prompts | None
+    optimizer: torch.optim.Optimizer
+    algorithm: Algorithm
+    readouts: dict[str, Readout]  # `logp`, and those that the objective asks for
+    evaluators: list[Evaluator] = field(default_factory=list)
+
+    def guidance(self, settings: GuidanceConfig) -> Guidance | None:
+        """What steers rollouts under these settings; None if nothing does."""
+        if settings.kind == "none" or self.guide_model is None:
+            return None
+        return self.guide_model.guidance(settings, self.config.reward.attend_eos)
+
+    def generate(self, prompts: Prompts, numbers: Sequence[int], guidance: Guidance | None = None) -> Rollout:
+        """Completions for evaluation (`rgrl.evaluation.Generate`)."""
+        seeds = generators(self.config.run.seed, 0, numbers, "eval")
+        return generate(self.policy, prompts, self.config.rollout, seeds, guidance)
+
+
+def set_up(config: Config, accelerator: Accelerator) -> Run:
+    """Load every component and check what the settings alone cannot tell. Raises `ConfigError`."""
+    device = accelerator.device
+    # Nothing here uses the global generators, but a user's own reward or objective may.
+    seed_globals(config.run.seed, 0, accelerator.process_index)
+    algorithm = resolve_algorithm(config)
+    readouts = resolve_readouts(config, algorithm)
+    prompts, eval_prompts = load_prompts(config.data.path, config.data), None
+    if config.data.eval_path is not None and config.run.eval_steps:
+        every = load_prompts(config.data.eval_path, config.data)
+        eval_prompts = every.take(list(range(min(config.data.eval_prompts, len(every)))))
+    size = shard_size(os.environ, accelerator.num_processes)
+    policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
+    prompts = prompts.formatted(policy.format_prompt)
+    eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
+    check_lengths(config, policy, prompts.inputs + (eval_prompts.inputs if eval_prompts is not None else []))
+    rewards, guide_model = load_rewards(config, device)
+    if guide_model is not None:
+        guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
+    judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
+    add_lora(policy, config.lora, config.run.seed).eval()
+    if size > 1:
+        accelerator.wait_for_everyone()  # times out if a process could not load something
+        policy.shard(device, size, timedelta(minutes=config.run.timeout_minutes))
+    check_gradients(policy)
+    if config.run.gradient_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    o = config.optim
+    parameters = list(adapter_parameters(policy).values())
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
+    stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
+    models = policy, rewards, guide_model, judge
+    run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts)
+    if eval_prompts is not None:
+        held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
+        run.evaluators.append(HeldOut(config, accelerator, *held_out))
+    return run
+
+
+def check_lengths(config: Config, policy: Policy, inputs: list[str]) -> None:
+    """Raise `ConfigError` for a prompt over `data.max_prompt_length`, or a canvas beyond the model's positions."""
+    longest = policy.encode(inputs, config.data.max_prompt_length)[0].shape[1]
+    if longest + config.rollout.max_completion_length > policy.max_length:
+        raise ConfigError(
+            f"`rollout.max_completion_length` {config.rollout.max_completion_length} after a prompt of {longest} "
+            f"tokens is beyond the model's {policy.max_length} positions"
+        )
+
+
+def resolve_readouts(config: Config, algorithm: Algorithm) -> dict[str, Readout]:
+    """What the update evaluates at each place: the log-probability, and what the objective asks for by name."""
+
+    def sampler_logp(places: Places) -> torch.Tensor:
+        r = config.rollout
+        return sampled_logp(places.logits_NV, places.token_N, r.temperature, r.top_k, r.top_p)
+
+    logp = sampler_logp if algorithm.estimator.as_sampled else token_logp
+    asked = {name: resolve(name, "readout", READOUTS) for name in algorithm.objective.readouts}
+    return {"logp": logp, **asked}

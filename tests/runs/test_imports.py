@@ -1,0 +1,153 @@
+"""The structure of rgrl/: imports point down, the core is plain torch, accelerate stays out, functions are short."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import rgrl
+
+ROOT = Path(rgrl.__file__).parent
+# Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below.
+LAYERS = [
+    {"errors", "types", "seeds", "plugins", "hub", "console", "config"},
+    {"models", "rewards", "data", "rollout", "algo", "tracking"},
+    {"runtime", "checkpoint"},
+    {"evaluation"},
+    {"setup"},
+    {"step"},
+    {"trainer"},
+    {"cli"},
+]
+PURE = {"rollout", "algo"}  # plain torch: models and rewards arrive as arguments
+PURE_MAY_USE = PURE | {"types", "config", "errors", "plugins", "seeds"}
+MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "step", "trainer"}
+
+
+def part_of(module):
+    """rgrl.models.policy -> models; None for the package itself and for anything else."""
+    names = module.split(".")
+    return names[1] if names[0] == "rgrl" and len(names) > 1 else None
+
+
+@cache
+def trees():
+    """The syntax tree of every module."""
+    names = {path: ".".join(("rgrl", *path.relative_to(ROOT).with_suffix("").parts)) for path in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): ast.parse(path.read_text("utf-8")) for path, name in names.items()}
+
+
+def nodes(tree):
+    """Every node, but for imports that only type checkers follow."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes(node)
+
+
+def imports():
+    """(module, full name of a module that it imports anywhere, also inside functions)."""
+    for module, tree in trees().items():
+        for node in nodes(tree):
+            if isinstance(node, ast.Import):
+                yield from ((module, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module} imports relatively"
+                # `from rgrl import denoise` imports a module too.
+                whole = [f"rgrl.{alias.name}" for alias in node.names] if node.module == "rgrl" else [node.module]
+                yield from ((module, name) for name in whole)
+
+
+@cache
+def between_parts():
+    """(part, another part of rgrl that it imports)."""
+    pairs = {(part_of(module), part_of(imported)) for module, imported in imports()}
+    return {(a, b) for a, b in pairs if a is not None and b is not None and a != b}
+
+
+def layer(part):
+    return next(i for i, names in enumerate(LAYERS) if part in names)
+
+
+def test_every_module_has_a_place_in_the_table():
+    assert {part_of(module) for module in trees()} - {None} == set().union(*LAYERS)
+
+
+def test_imports_point_down():
+    pairs = between_parts()
+    assert not [f"{a} imports {b}" for a, b in pairs if layer(b) > layer(a)]
+    assert len(pairs) > 30  # the search finds imports at all
+
+
+def test_no_import_cycles():
+    def reaches(start, goal, seen):
+        following = [b for a, b in between_parts() if a == start]
+        return goal in following or any(b not in seen and reaches(b, goal, seen | {b}) for b in following)
+
+    assert not [part for part in set().union(*LAYERS) if reaches(part, part, {part})]
+
+
+def test_the_core_is_plain_torch():
+    allowed = {"torch", "rgrl", *sys.stdlib_module_names}
+    assert not [(a, b) for a, b in imports() if part_of(a) in PURE and b.split(".")[0] not in allowed]
+    assert {b for a, b in between_parts() if a in PURE} <= PURE_MAY_USE
+    assert {b for a, b in between_parts() if a == "config"} == {"errors"}
+
+
+def test_few_modules_know_accelerate():
+    users = {part_of(module) for module, imported in imports() if imported.split(".")[0] == "accelerate"}
+    assert users <= MAY_ACCELERATE
+    assert "trainer" in users
+
+
+def test_functions_are_short_and_take_few_parameters():
+    for module, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                parameters = sum(isinstance(child, ast.arg) for child in ast.iter_child_nodes(node.args))
+                assert lines <= 60, f"{module}.{node.name} has {lines} lines"
+                assert parameters <= 7, f"{module}.{node.name} has {parameters} parameters"
+
+
+def test_no_remote_code_is_ever_trusted():
+    for module, tree in trees().items():
+        for node in ast.walk(tree):
+            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), module
+
+
+def run(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_settings_and_the_package_itself_import_without_torch():
+    run("import sys, rgrl, rgrl.config; assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)")
+
+
+def test_core_imports_without_datasets_and_wandb():
+    code = f"""
+import importlib, sys
+
+class Hidden:
+    # Wraps a finder and hides two packages, as if they were not installed.
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in ("datasets", "wandb") else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
+for name in ("datasets", "wandb"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(name + " could still be imported")
+for name in {sorted(trees())!r}:
+    importlib.import_module(name)
+assert "rgrl.trainer" in sys.modules and not {{"datasets", "wandb"}} & set(sys.modules)
+"""
+    run(code)
