@@ -1,0 +1,17 @@
+# What people need often. `make run` is the README's first command.
+.PHONY: run check test slow golden
+
+run:
+	accelerate launch --cpu --num_processes 1 recipes/train.py --config recipes/reviews/rgrl.yaml
+
+check:
+	pre-commit run --all-files
+
+test:
+	pytest -m "not slow"
+
+slow:
+	pytest -m slow
+
+golden:
+	RGRL_WRITE_GOLDEN=1 pytest tests/runs/test_golden.py
