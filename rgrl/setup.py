@@ -71,7 +71,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
-    check_lengths(config, policy, prompts.inputs + (eval_prompts.inputs if eval_prompts is not None else []))
+    check_lengths(config, policy, [prompts] if eval_prompts is None else [prompts, eval_prompts])
     rewards, guide_model = load_rewards(config, device)
     if guide_model is not None:
         guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
@@ -95,9 +95,11 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     return run
 
 
-def check_lengths(config: Config, policy: Policy, inputs: list[str]) -> None:
+def check_lengths(config: Config, policy: Policy, data_sets: list[Prompts]) -> None:
     """Raise `ConfigError` for a prompt over `data.max_prompt_length`, or a canvas beyond the model's positions."""
-    longest = policy.encode(inputs, config.data.max_prompt_length)[0].shape[1]
+    inputs = [text for prompts in data_sets for text in prompts.inputs]
+    texts = [text for prompts in data_sets for text in prompts.texts]
+    longest = policy.encode(inputs, config.data.max_prompt_length, quoted=texts)[0].shape[1]
     if longest + config.rollout.max_completion_length > policy.max_length:
         raise ConfigError(
             f"`rollout.max_completion_length` {config.rollout.max_completion_length} after a prompt of {longest} "

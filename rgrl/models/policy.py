@@ -51,7 +51,7 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.causal_lm.lm_head.weight.device
+        return self.causal_lm.device
 
     @property
     def max_length(self) -> int:
@@ -159,13 +159,16 @@ class Policy(nn.Module):
         sum(self._dummies, loss).backward()
         self._dummies = []
 
-    def encode(self, texts: Sequence[str], limit: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, texts: Sequence[str], limit: int | None = None, quoted: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Left-padded token ids of texts as they are: ids_BL int64 and attention_BL bool, on the model's device.
 
-        Raises `ConfigError` for a text of more than `limit` tokens (None: no limit).
+        Raises `ConfigError` for a text of more than `limit` tokens (None: no limit). The message quotes the text's
+        entry of `quoted`, such as the prompt without its template (None: the text itself).
         """
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        for text, ids in zip(texts, rows, strict=True):
+        for text, ids in zip(texts if quoted is None else quoted, rows, strict=True):
             if limit is not None and len(ids) > limit:
                 raise ConfigError(
                     f"a prompt has {len(ids)} tokens, more than `data.max_prompt_length` = {limit}: {text[:60]!r}"

@@ -1,0 +1,83 @@
+"""The Python in README.md and CONTRIBUTING.md runs as it stands there."""
+
+import ast
+import contextlib
+import importlib
+import io
+import json
+import re
+import sys
+
+import pytest
+from accelerate import Accelerator
+from checkpoints import REPO, write_llada
+from training import changed, go, resolved, untimed
+
+from rgrl.models import families, load_policy
+from rgrl.setup import set_up
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPO / name).read_text(), re.S)
+
+
+@pytest.fixture
+def documented(tmp_path, monkeypatch) -> None:
+    """CONTRIBUTING's files, importable by the names in their first lines."""
+    names = []
+    for block in blocks("CONTRIBUTING.md"):
+        assert len(block.splitlines()) <= 32
+        names.append(re.match(r"# (\w+)\.py\n", block)[1])
+        (tmp_path / f"{names[-1]}.py").write_text(block)
+    assert names == ["my_reward", "my_objective", "my_family", "my_evaluator", "my_tracker"]
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_readme_generates_guided_text(monkeypatch):
+    monkeypatch.chdir(REPO)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(blocks("README.md")[0], {})
+    texts = ast.literal_eval(printed.getvalue())
+    assert len(texts) == len(set(texts)) == 4 and all(isinstance(text, str) and text for text in texts)
+
+
+def test_reward_and_objective_by_dotted_path_train(documented, tiny, tmp_path):
+    config = changed(
+        tiny,
+        objective={"name": "my_objective:objective", "beta": 0.0, "prompt_mask": 0.0},
+        optim={"learning_rate": 0.1},
+    )
+    config = changed(config, reward={"functions": {"my_reward:brevity": 0.1}}, guidance={"kind": "none"})
+    first, second = untimed(go(config, tmp_path, eval_steps=0))
+    assert abs(first["kl"]) < 1e-6 < second["kl"], "the adapter starts as the base, and leaves it"
+    assert first["rewards/brevity/mean"] < 0
+
+
+def test_a_family_in_one_file_loads(documented, tmp_path, monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "mine", importlib.import_module("my_family").MINE)
+    folder = write_llada(tmp_path / "checkpoint")
+    raw = json.loads((folder / "config.json").read_text())
+    policy = load_policy(folder)
+    policy.causal_lm.save_pretrained(folder)
+    made = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(made | {"model_type": "my_diffusion", "mask_token_id": raw["mask_token_id"]})
+    )
+    again = load_policy(folder)
+    assert again.family.name == "mine"
+    ids_BL, attention_BL = policy.encode(["this movie"])
+    assert (again.logits(ids_BL, attention_BL) == policy.logits(ids_BL, attention_BL)).all()
+
+
+def test_an_evaluator_and_a_tracker(documented, tiny, tmp_path):
+    run = set_up(resolved(tiny, tmp_path), Accelerator())
+    result = importlib.import_module("my_evaluator").Exclaims(run.policy, run.eval_prompts)(run.generate, 0)
+    assert 0 <= result.metrics["eval/exclaims"] <= 1 and len(result.rows) == 4
+    sink = importlib.import_module("my_tracker").CsvSink(tmp_path / "metrics.csv")
+    sink.log(1, {"reward": 0.5})
+    sink.close()
+    assert (tmp_path / "metrics.csv").read_text().strip() == "1,reward,0.5"
