@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from checkpoints import PROMPTS, write_dream, write_llada, write_reward
 from rgrl.models import Policy, load_policy
 
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +46,20 @@ def judge_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path, dream_dir, reward_dir, judge_dir) -> dict:
+def tiny(tmp_path, tiny_in) -> dict:
     """The settings of a whole run. Tests change what they are about, for `training.go` or `training.write`."""
-    prompts = tmp_path / "prompts.jsonl"
+    return tiny_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_in(dream_dir, reward_dir, judge_dir) -> Callable[[Path], dict]:
+    return lambda folder: tiny_settings(folder, dream_dir, reward_dir, judge_dir)
+
+
+def tiny_settings(folder: Path, dream_dir: Path, reward_dir: Path, judge_dir: Path) -> dict:
+    prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    run = {"output_dir": str(tmp_path / "run"), "steps": 2, "save_steps": 1, "eval_steps": 1, "prompts_per_device": 2}
+    run = {"output_dir": str(folder / "run"), "steps": 2, "save_steps": 1, "eval_steps": 1, "prompts_per_device": 2}
     return {
         "model": {"path": str(dream_dir)},
         "lora": {"r": 4, "alpha": 8},

@@ -30,14 +30,28 @@ def fresh():
     faulty.reset()
 
 
-@pytest.fixture
-def risky(tiny) -> dict:
+def risky_in(tiny: dict) -> dict:
     """Settings whose reward calls `faulty.reward` (once in the evaluation at step 0, once a step)."""
     tiny["reward"]["functions"] = {"faulty:reward": 0.5}
     tiny["objective"]["name"] = "faulty:objective"
     tiny["guidance"]["probe_prompts"] = 0
     tiny["run"] |= {"steps": STEPS, "save_steps": 1, "eval_steps": STEPS}
     return tiny
+
+
+@pytest.fixture
+def risky(tiny) -> dict:
+    return risky_in(tiny)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_in, tmp_path_factory) -> Path:
+    """The output of the run without a fault."""
+    folder = tmp_path_factory.mktemp("whole")
+    faulty.reset()
+    output = go(risky_in(tiny_in(folder)), folder)
+    assert len(untimed(output)) == STEPS + 1
+    return output
 
 
 def stopped(config: dict, folder: Path, **run) -> RunStoppedError:
@@ -48,15 +62,6 @@ def stopped(config: dict, folder: Path, **run) -> RunStoppedError:
 
 def send(name: str):
     return lambda: os.kill(os.getpid(), getattr(signal, name))
-
-
-@pytest.fixture
-def whole(risky, tmp_path) -> Path:
-    """The output of the run without a fault."""
-    output = go(risky, tmp_path, output_dir="whole")
-    assert len(untimed(output)) == STEPS + 1
-    faulty.reset()
-    return output
 
 
 # ------------------------------------------------------------------------------------------------- asked to stop

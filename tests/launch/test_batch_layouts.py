@@ -31,7 +31,7 @@ def reviews(tmp_path_factory) -> dict:
         "data": data | {"max_prompt_length": 24, "eval_prompts": 3},
         "reward": {"path": str(folder / "reward")},
         "judge": {"path": str(folder / "judge")},
-        "rollout": {"num_generations": 2, "max_completion_length": 12, "steps": 12, "position_temperature": 0.1},
+        "rollout": {"num_generations": 2, "max_completion_length": 12, "steps": 8, "position_temperature": 0.1},
         "objective": {"name": "grpo", "beta": 0.1, "prompt_mask": 0.3, "iterations": 2},
         "optim": {"learning_rate": 1e-3, "max_grad_norm": 1e6},
         "run": {"output_dir": str(tmp_path_factory.mktemp("run")), "prompts_per_device": 4},
@@ -79,9 +79,9 @@ def test_the_step_itself_is_one_that_could_tell(whole):
     ("sections", "rollouts", "updates"),
     [
         ({"run": {"gradient_accumulation_steps": 8}}, 1, 24),
-        ({"rollout": {"micro_batch": 3}}, 3, 3),
-        ({"rollout": {"micro_batch": 1}, "run": {"gradient_accumulation_steps": 4}}, 8, 12),
-        ({"run": {"gradient_checkpointing": True}}, 1, 5),  # the activations of both updates are computed again
+        ({"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 12),
+        # The activations of both updates are computed again.
+        ({"rollout": {"micro_batch": 1}, "run": {"gradient_checkpointing": True}}, 8, 5),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -95,7 +95,7 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
 
 @pytest.mark.parametrize("objective", ["likelihood", "reinforce"])
 def test_accumulation_changes_no_number_of_other_objectives(reviews, tmp_path, objective):
-    settings = changed(reviews, objective={"name": objective})
+    settings = changed(reviews, objective={"name": objective}, run={"eval_steps": 0})
     whole = step(resolved(settings, tmp_path))
     left, told = step(resolved(changed(settings, run={"gradient_accumulation_steps": 4}), tmp_path))
     assert_same_step(left, told, whole)
@@ -103,9 +103,9 @@ def test_accumulation_changes_no_number_of_other_objectives(reviews, tmp_path, o
 
 
 def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path):
-    rollouts = []
+    rollouts, rows = [], {"prompts_per_device": 8, "eval_steps": 0}
     for micro_batch in (0, 1, 3):
-        sections = {"rollout": {"block_length": 6, "micro_batch": micro_batch}, "run": {"prompts_per_device": 12}}
+        sections = {"rollout": {"block_length": 6, "micro_batch": micro_batch, "steps": 12}, "run": rows}
         # Unguided, because guidance magnifies the last digits.
         config = resolved(changed(reviews, guidance={"kind": "none"}, **sections), tmp_path)
         rollouts.append(vars(rollout_step(set_up(config, Accelerator()), 0, Clock()).rollout))
@@ -120,7 +120,8 @@ def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path):
 def test_micro_batches_bound_the_memory_of_a_rollout(reviews, tmp_path):
     peaks = []
     for micro_batch in (0, 2):
-        run = set_up(resolved(changed(reviews, rollout={"micro_batch": micro_batch}), tmp_path), Accelerator())
+        rollout = {"micro_batch": micro_batch, "steps": 3}
+        run = set_up(resolved(changed(reviews, rollout=rollout, run={"eval_steps": 0}), tmp_path), Accelerator())
         peaks.append(bench.peak_memory(lambda run=run: rollout_step(run, 0, Clock()), torch.device("cpu")))
     assert peaks[1] < 0.4 * peaks[0], "8 rows against 2 at a time"
 

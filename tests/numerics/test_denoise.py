@@ -74,7 +74,7 @@ def run(policy, config, seed=0, guide=None, stats=None, prompts=(PROMPT_BL, ATTE
 def log_distribution(logits_V, config):
     """Tempered and truncated by a full sort, as a list of log-probabilities (-inf outside the support)."""
     scaled = [x / config.temperature for x in logits_V.tolist()]
-    order = sorted(range(len(scaled)), key=lambda v: -scaled[v])[: config.top_k or len(scaled)]
+    order = sorted(range(len(scaled)), key=scaled.__getitem__, reverse=True)[: config.top_k or len(scaled)]
     weight = {v: math.exp(scaled[v] - scaled[order[0]]) for v in order}
     kept, mass, total = [], 0.0, sum(weight.values())
     for v in order:
@@ -82,14 +82,17 @@ def log_distribution(logits_V, config):
             break
         kept.append(v)
         mass += weight[v]
-    return [math.log(weight[v] / mass) if v in kept and weight[v] > 0 else -math.inf for v in range(len(scaled))]
+    logp = [-math.inf] * len(scaled)
+    for v in kept:
+        logp[v] = math.log(weight[v] / mass) if weight[v] > 0 else -math.inf
+    return logp
 
 
 def quantile(logp, u, config):
     """The token at quantile u: counted from the most likely one on where top-k sorts them, else by token id."""
     tokens = range(len(logp))
     if 0 < config.top_k < len(logp):
-        tokens = sorted(tokens, key=lambda v: -logp[v])
+        tokens = sorted(tokens, key=logp.__getitem__, reverse=True)
     total = 0.0
     for v in tokens:
         total += math.exp(logp[v])

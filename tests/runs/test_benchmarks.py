@@ -5,23 +5,26 @@ import re
 import subprocess
 import sys
 
+import bench
 import pytest
-from checkpoints import REPO
+import scaling
 from processes import ENV
 from training import write
 
 
-def call(recipe: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPO / "recipes" / recipe, *map(str, arguments)]
+def call(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, scaling.__file__, *map(str, arguments)]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=170)
     assert done.returncode == code, done.stderr
     return done
 
 
-def test_bench_times_every_guidance_against_its_floor(tmp_path):
+def test_bench_times_every_guidance_against_its_floor(tmp_path, monkeypatch, capfd):
     out = tmp_path / "bench.json"
-    words = ["--shape", "tiny", "--rounds", 1, "--guidance-steps", 1, 3, "--device", "cpu", "--json", out]
-    done = call("bench.py", *words)
+    words = "--shape tiny --rounds 1 --guidance-steps 1 3 --device cpu --json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words.split(), str(out)])
+    bench.main()
+    printed = capfd.readouterr().out
     rows = {row["variant"]: row for row in json.loads(out.read_text())["table"]}
     kinds = ("expectation", "aps", "entrgi", "floor")
     assert set(rows) == {"none", "floor M=0"} | {f"{kind} M={m}" for kind in kinds for m in (1, 3)}
@@ -29,13 +32,13 @@ def test_bench_times_every_guidance_against_its_floor(tmp_path):
         floor = rows["floor M=0"] if name == "none" else rows[f"floor {name.split()[1]}"]
         assert row["ratio"] == pytest.approx(row["seconds"] / floor["seconds"])
         assert row["tokens_per_second"] == pytest.approx(2 * 8 / row["seconds"])
-        assert name in done.stdout
+        assert name in printed
 
 
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(tiny, tmp_path):
     words = ["--config", write(tiny, tmp_path), "--processes", 1, 2, "--rounds", 1, "--require", 99]
-    done = call("scaling.py", *words, code=1)
+    done = call(*words, code=1)
     assert "below 99" in done.stderr
     one, two = ([float(x) for x in re.findall(r"[\d.]+", line)] for line in done.stdout.splitlines()[1:])
     assert one[0] == 1 and two[0] == 2 and one[1] > 0
@@ -43,21 +46,24 @@ def test_scaling_compares_one_process_with_two(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("recipe", "words", "message"),
     [
-        (["bench.py", "--shape", "tiny", "--steps", 0], "--steps must be 1 or more"),
-        (["bench.py", "--shape", "tiny", "--rounds", 0], "--rounds must be 1 or more"),
-        (["bench.py", "--shape", "tiny", "--json", "/nowhere/bench.json"], "no such folder"),
-        (["scaling.py", "--config", "nowhere.yaml", "--steps", 0], "--steps and --rounds must be 1 or more"),
+        (bench, "--shape tiny --steps 0", "--steps must be 1 or more"),
+        (bench, "--shape tiny --rounds 0", "--rounds must be 1 or more"),
+        (bench, "--shape tiny --json /nowhere/bench.json", "no such folder"),
+        (scaling, "--config nowhere.yaml --steps 0", "--steps and --rounds must be 1 or more"),
     ],
 )
-def test_bad_input_is_one_line(words, message):
-    done = call(*words, code=2)
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_bad_input_is_one_line(recipe, words, message, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["recipe", *words.split()])
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main()
+    printed = capfd.readouterr().err
+    assert exit_.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_scaling_reports_what_its_processes_refuse(tiny, tmp_path):
     tiny["model"]["path"] = "/nowhere"
-    done = call("scaling.py", "--config", write(tiny, tmp_path), "--processes", 1, code=2)
+    done = call("--config", write(tiny, tmp_path), "--processes", 1, code=2)
     assert done.stderr == "error: 1 processes failed: model.path /nowhere: no such folder\n"
