@@ -61,7 +61,10 @@ def assert_same_step(left: dict, told: dict, whole: tuple[dict, dict], rows: sli
         atol = 2e-5 if "logp" in name else atol
         torch.testing.assert_close(value, other, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     numbers = {k: v for k, v in metrics.items() if k not in HOW}
-    assert {k: v for k, v in told.items() if k not in HOW} == pytest.approx(numbers, rel=1e-5, abs=1e-6)
+    told = {k: v for k, v in told.items() if k not in HOW}
+    # The mean over both updates: it hangs on the adapter after Adam's first step.
+    assert told.pop("loss") == pytest.approx(numbers.pop("loss"), rel=1e-5, abs=1e-5)
+    assert told == pytest.approx(numbers, rel=1e-5, abs=1e-6)
 
 
 def test_the_step_itself_is_one_that_could_tell(whole):
