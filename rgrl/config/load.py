@@ -1,22 +1,25 @@
 """One YAML file plus dotted overrides (`--optim.learning_rate 1e-4`) make a `Config`.
 
-A file may extend another one (`extends: rgrl.yaml`, beside it) and say only what differs. An unknown key, a value of
-the wrong type or a setting that cannot work raises `ConfigError` with one line: what is wrong and what would be right.
+A file may extend another one (`extends: rgrl.yaml`, beside it) and say only what differs. Scalars stay text here, and
+each setting reads its own (kinds.py). An unknown key, a value of the wrong type or a setting that cannot work raises
+`ConfigError` with one line: what is wrong and what would be right.
 """
 
-import dataclasses
-import difflib
-import math
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 
+from rgrl.config.explain import short, unknown
+from rgrl.config.kinds import SECTIONS, Null, read_path
 from rgrl.config.rules import check
 from rgrl.config.schema import Config
 from rgrl.errors import ConfigError
+
+MOST_BYTES, MOST_VALUES = 10**6, 10**5  # of a file; aliases count each time they are used
+_NULL = "tag:yaml.org,2002:null"
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -24,35 +27,46 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `ConfigError`.
     """
-    tree = _read(Path(path))
-    for key, value in _parse_overrides(overrides or []):
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"--{key}: `{parent}` is a value, not a section")
-        node[last] = value
-    config = _build(Config, tree, "")
+    tree = _read(path, ())
+    for key, text in _parse_overrides(overrides or []):
+        _override(tree, key, text)
+    # A section with nothing in it is one where every line is a comment.
+    config = Config(**{key: {} if isinstance(value, Null) else value for key, value in tree.items()})
     check(config)
     return config
 
 
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: str | Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """The settings in a file, laid over those of the file that its key `extends` names."""
-    if not path.is_file():
-        by = f" (which {below[-1]} extends)" if below else ""
-        raise ConfigError(f"--config {path}{by}: no such file")
-    if path.resolve() in below:
-        raise ConfigError(f"{path} extends itself, by way of {' and '.join(map(str, below))}")
+    by = f" (which {below[-1]} extends)" if below else ""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        path = Path(read_path(path))
+        if not path.is_file():
+            raise ConfigError(f"--config {path}{by}: no such file")
+        if path.resolve() in below:
+            raise ConfigError(f"{path} extends itself, by way of {' and '.join(map(str, below))}")
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path}{by} is no file of settings: it has more than {MOST_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}{by} is not valid YAML: it is not text in UTF-8 ({error.reason})") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--config {short(path)}{by} must be {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config {path}{by} cannot be read: {error.strerror}") from error
+    tree = parse(text, str(path))
+    if isinstance(tree, Null):
+        tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not a {type(tree).__name__}")
-    parent = tree.pop("extends", None)
-    return tree if parent is None else _overlay(_read(path.parent / str(parent), (*below, path.resolve())), tree)
+        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not {short(tree)}")
+    parent = tree.pop("extends", Null())
+    if isinstance(parent, Null):
+        return tree
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: `extends` must be the path of a file, not {short(parent)}")
+    return _overlay(_read(path.parent / parent, (*below, path.resolve())), tree)
 
 
 def _overlay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -63,69 +77,111 @@ def _overlay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+def _parse_overrides(words: list[str]) -> list[tuple[str, str]]:
+    """(dotted key, text) of each override, in their order."""
     pairs, queue = [], list(words)
     while queue:
         word = queue.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"expected --section.key value, got {word!r}")
-        key, given, text = word[2:].partition("=")
+        key, given, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"expected --section.key value, got {short(word)}")
         if not given:
             if not queue or queue[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
             text = queue.pop(0)
-        try:
-            pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key}: cannot read the value {text!r}") from error
+        pairs.append((key, text))
     return pairs
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    if not isinstance(tree, dict):
-        raise ConfigError(f"`{prefix[:-1]}` is a section with keys of its own, not the value {tree!r}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            known = [prefix + name for name in hints]
-            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown key `{prefix}{key}`; did you mean `{near}`?")
-        kind = hints[key]
-        is_section = dataclasses.is_dataclass(kind)
-        values[key] = _build(kind, value, f"{prefix}{key}.") if is_section else _coerce(kind, value, f"{prefix}{key}")
-    return cls(**values)
+def _override(tree: dict[str, Any], key: str, text: str) -> None:
+    """Lay one override over the tree: text as it stands, but for lists and mappings, which are YAML."""
+    section, _, name = key.partition(".")
+    kinds = typing.get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
+    name, _, entry = name.partition(".")
+    if name not in kinds:
+        raise ConfigError(
+            f"`{section}` is a section with keys of its own, not the value {short(text)}"
+            if key in SECTIONS
+            else unknown(key, SECTIONS)
+        )
+    if isinstance(tree.get(section), Null) or section not in tree:
+        tree[section] = {}
+    node = tree[section]
+    if not isinstance(node, dict):
+        return  # refused with its own message
+    origin = typing.get_origin(kinds[name])
+    if entry and origin is not dict:
+        raise ConfigError(f"--{key}: `{name}` is a value, not a section")
+    if entry:
+        known = node.get(name)
+        node[name] = (known if isinstance(known, dict) else {}) | {entry: text}
+    elif origin in (list, dict):
+        node[name] = parse(text, f"--{key}")
+    else:
+        node[name] = Null(text) if text in ("", "~", "null", "Null", "NULL") else text
 
 
-def _coerce(kind: Any, value: Any, key: str) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _coerce(next(a for a in args if a is not type(None)), value, key)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"`{key}` must be one of {', '.join(map(str, args))}, not {value!r}")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_coerce(args[0], item, key) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {str(k): _coerce(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    expected = origin or kind
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ConfigError(f"`{key}` must be {_name(expected)}, not {value!r}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"`{key}` must be a number, not {value!r}")
-    return value
+# ------------------------------------------------------------------------------------------------ YAML
+class _Loader(yaml.SafeLoader):
+    """Reads scalars as text, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.tag == _MERGE:
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                problem = f"the key {short(key.value)} is there already, in line {lines[key.value]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
-def _name(kind: type) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
-    return names.get(kind, "a mapping")
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = loader.construct_scalar(node)
+    return Null(text) if node.tag == _NULL else text
+
+
+for _tag in ("null", "bool", "int", "float", "str", "timestamp", "value"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _scalar)
+for _tag in ("binary", "omap", "pairs", "set"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
+
+
+def parse(text: str, where: str) -> Any:
+    """YAML as nested dictionaries and lists of text. `where` names it in errors. Raises `ConfigError`."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Null()
+        if _values(node, {}) > MOST_VALUES:
+            raise ConfigError(f"{where} holds more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{where} is not valid YAML: {line}{problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is not valid YAML for settings: it is nested too deeply") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, float]) -> float:
+    """The number of values below a node, aliases written out; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        below = (
+            [n for pair in pairs for n in pair] if pairs else node.value if isinstance(node, yaml.SequenceNode) else []
+        )
+        known[id(node)] = 1.0 + sum(_values(child, known) for child in below)
+    return known[id(node)]

@@ -1,16 +1,34 @@
-"""Every setting of a run, with its unit, default and source. The strings below the fields are the manual.
+"""Every setting of a run, with its unit, limits, default and source. The strings below the fields are the manual.
 
-Limits of single settings and invalid combinations are in rules.py.
+Limits stand beside the type; what rules out a value together with another of its section follows the fields, and with
+one of another section is in rules.py. A section that is made with a bad value raises `ConfigError`.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from rgrl.config.kinds import (
+    Flag,
+    Infinite,
+    Maybe,
+    Number,
+    PathText,
+    Text,
+    Whole,
+    section,
+)
+from rgrl.errors import ConfigError
+
+# Far beyond what anybody needs. A larger number is a slip, and would hang a run or fill its memory.
+MANY = 10**9
 
 
-@dataclass
+@section("model")
 class ModelConfig:
-    path: str = ""
+    path: PathText = ""
     """Folder or Hub id of the diffusion LM, in its authors' checkpoint format. Required."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen base weights. The adapter is always float32."""
@@ -18,53 +36,53 @@ class ModelConfig:
     """Model family; `auto` reads `model_type` from the checkpoint's config.json."""
 
 
-@dataclass
+@section("lora")
 class LoraConfig:
-    r: int = 32
+    r: Annotated[Whole, Ge(1), Le(8192)] = 32
     """Rank. RGRL paper: 32."""
-    alpha: float = 32.0
+    alpha: Annotated[Number, Gt(0), Le(1e6)] = 32.0
     """Scale; the update is multiplied by alpha / r. RGRL paper: 32."""
-    dropout: float = 0.0
+    dropout: Annotated[Number, Ge(0), Lt(1)] = 0.0
     """Probability in 0 ... 1. Paper: 0.1."""
-    targets: list[str] = field(
+    targets: Annotated[list[Text], MinLen(1)] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Names of the linear layers to adapt; each must match at least one layer."""
 
 
-@dataclass
+@section("data")
 class DataConfig:
-    path: str = ""
+    path: PathText = ""
     """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder written by
     `datasets.save_to_disk`, or a Hub id. Required."""
-    eval_path: str | None = None
+    eval_path: Maybe[PathText] = None
     """Evaluation prompts, same forms. None: no evaluation."""
-    split: str = "train"
+    split: Text = "train"
     """Split of a Hub or saved data set."""
-    column: str = "prompt"
+    column: Text = "prompt"
     """Column with the prompt: a string, or a list of chat messages (its first user turn is taken)."""
-    max_prompt_length: int = 512
+    max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
     """Limit in policy tokens, chat markers included; a longer prompt is an error."""
-    eval_prompts: int = 64
+    eval_prompts: Annotated[Whole, Ge(1), Le(MANY)] = 64
     """Number of evaluation prompts used (the first ones)."""
 
 
-@dataclass
+@section("reward")
 class RewardConfig:
-    path: str | None = None
+    path: Maybe[PathText] = None
     """Folder or Hub id of an `AutoModelForSequenceClassification` checkpoint with one label."""
-    adapter: str | None = None
+    adapter: Maybe[PathText] = None
     """LoRA adapter of that model, merged when it is loaded."""
-    name: str = "model"
+    name: Text = "model"
     """Its name in `rewards/<name>/mean`."""
-    weight: float = 1.0
+    weight: Number = 1.0
     """Its weight in the sum of rewards."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
-    functions: dict[str, float] = field(default_factory=dict)
+    functions: dict[Text, Number] = field(default_factory=dict)
     """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
     `function(prompts, completions, rows)` and returns one number a completion."""
-    time_limit: float = 300.0
+    time_limit: Annotated[Number, Ge(0), Le(1e7)] = 300.0
     """Seconds that one call of a function may take before it is interrupted. 0: no limit. Native code that cannot be
     interrupted ends the process 30 seconds later, and prints where it hangs."""
     on_error: Literal["stop", "zero"] = "stop"
@@ -73,31 +91,31 @@ class RewardConfig:
     bridge: Literal["compose", "unknown", "zero"] = "compose"
     """Embedding of a policy token that the reward model's tokenizer lacks: the mean of the tokens that spell it
     (`compose`), the unknown or end token (`unknown`), or `zero`."""
-    attend_eos: bool = False
+    attend_eos: Flag = False
     """Whether the end-of-text token itself is shown to the guide. False agrees with scoring decoded text."""
 
 
-@dataclass
+@section("judge")
 class JudgeConfig:
-    path: str | None = None
+    path: Maybe[PathText] = None
     """A second reward model that is only ever used in evaluation. None: no judge."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
 
 
-@dataclass
+@section("rollout")
 class RolloutConfig:
-    num_generations: int = 4
+    num_generations: Annotated[Whole, Ge(1), Le(4096)] = 4
     """G, completions per prompt. Paper: 4."""
-    max_completion_length: int = 128
+    max_completion_length: Annotated[Whole, Ge(1), Le(10**6)] = 128
     """C, mask tokens appended to each prompt. Paper: 128."""
-    steps: int = 128
+    steps: Annotated[Whole, Ge(1), Le(10**6)] = 128
     """T, denoising steps, 1 ... C. Paper: 128."""
-    temperature: float = 0.9
+    temperature: Annotated[Number, Gt(0), Le(1e4)] = 0.9
     """Sampling temperature, > 0. Paper: 0.9 in training, 0.7 at test time."""
-    top_p: float = 0.95
+    top_p: Annotated[Number, Gt(0), Le(1)] = 0.95
     """Nucleus: smallest set of tokens with this probability, in (0, 1]. Paper: 0.95."""
-    top_k: int = 50
+    top_k: Annotated[Whole, Ge(0), Le(MANY)] = 50
     """Only the k most likely tokens; 0 means all. Paper: 50."""
     confidence: Literal["entropy", "maskgit_plus", "topk_margin", "origin"] = "entropy"
     """Which positions to commit first: lowest entropy, most probable sampled token, widest margin between the two
@@ -105,67 +123,92 @@ class RolloutConfig:
     confidence_from: Literal["policy", "guided"] = "policy"
     """Whether the confidence is computed from the policy's own logits or the guided ones. With `policy` the unmasking
     order ignores guidance, except with `maskgit_plus`, which uses the probability of the sampled token."""
-    position_temperature: float = 0.0
+    position_temperature: Annotated[Number, Ge(0), Le(1e6)] = 0.0
     """Temperature of Gumbel noise added to the confidence; 0 is none."""
-    micro_batch: int = 0
+    micro_batch: Annotated[Whole, Ge(0), Le(MANY)] = 0
     """Number of rows that a process denoises at a time, in rollouts and evaluation; 0: all of a rollout's. Fewer use
     less memory and take longer; the rollouts are the same."""
-    defer_eos: bool = False
+    defer_eos: Flag = False
     """Give a sampled end-of-text the lowest confidence, so that it is not committed early."""
-    commit_above: float = 1.0
+    commit_above: Annotated[Number, Gt(0), Le(1)] = 1.0
     """Approximation: a step also commits every position whose best token has a probability above this, which
     takes fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
-    block_length: int = 0
+    block_length: Annotated[Whole, Ge(0), Le(10**6)] = 0
     """Approximation: generate this many tokens at a time from left to right, and recompute the keys and values of what
     precedes them only when a block begins (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
 
+    def __post_init__(self) -> None:
+        C, T, block = self.max_completion_length, self.steps, self.block_length
+        if T > C:
+            raise ConfigError(
+                f"`rollout.steps` ({T}) is more than `rollout.max_completion_length` ({C}): there would be steps with "
+                "nothing to commit"
+            )
+        if block and C % block:
+            raise ConfigError(
+                f"`rollout.block_length` ({block}) must be 0 or divide `rollout.max_completion_length` ({C})"
+            )
+        if block and T * block < C:
+            raise ConfigError(
+                f"`rollout.steps` ({T}) must be at least one for each block of `rollout.block_length` ({block}) tokens"
+            )
 
-@dataclass
+
+@section("guidance")
 class GuidanceConfig:
     kind: Literal["none", "expectation", "aps", "entrgi"] = "entrgi"
     """`none`; `expectation` (soft embeddings); `aps` (straight-through); `entrgi` (blend by entropy)."""
-    steps: int = 1
+    steps: Annotated[Whole, Ge(0), Le(1000)] = 1
     """M, gradient steps per denoising step. Paper: 1 in training, 3 at test time."""
-    eta: float = 0.5
+    eta: Annotated[Number, Ge(0), Le(1e6)] = 0.5
     """Step size on the logits. Paper: 0.5."""
-    every: int = 1
+    every: Annotated[Whole, Ge(1), Le(MANY)] = 1
     """Approximation: guide only at every k-th denoising step."""
-    top_n: int = 0
+    top_n: Annotated[Whole, Ge(0), Le(MANY)] = 0
     """Approximation: guide only the n most likely tokens of each position; 0 means all."""
     support: Literal["guided", "policy"] = "guided"
     """What can be sampled: the top-p/top-k of the steered logits (the paper's way), or that of the policy's own logits,
     weighted by the steered ones. A correction for guidance can be exact only with `policy`, or without truncation."""
-    share: float = 1.0
+    share: Annotated[Number, Ge(0), Le(1)] = 1.0
     """Fraction of each group's completions that are guided, 0 ... 1; the others are the policy's own."""
-    eta_final: float | None = None
+    eta_final: Maybe[Annotated[Number, Ge(0), Le(1e6)]] = None
     """Step size at the last step of the run, reached linearly from `eta`. None: constant."""
-    probe_prompts: int = 16
+    probe_prompts: Annotated[Whole, Ge(0), Le(MANY)] = 16
     """Number of evaluation prompts that each evaluation also completes with guidance, to measure its effect."""
-    path: str | None = None
+    path: Maybe[PathText] = None
     """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
 
+    def __post_init__(self) -> None:
+        if self.steps == 0:
+            raise ConfigError("`guidance.steps` must be at least 1, not 0 (`guidance.kind: none` turns guidance off)")
+        if self.top_n == 1:
+            raise ConfigError("`guidance.top_n` must be 0 (all) or at least 2, not 1")
+        # A run whose guidance fades ends with a step size of 0, and then with the kind `none`.
+        if self.eta == 0 and self.kind != "none":
+            raise ConfigError("`guidance.eta` must be above 0, not 0 (`guidance.kind: none` turns guidance off)")
 
-@dataclass
+
+@section("objective")
 class ObjectiveConfig:
-    name: str = "reinforce"
+    name: Text = "reinforce"
     """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, or a dotted path `package.module:attribute`."""
-    estimator: str = "one_step"
+    estimator: Text = "one_step"
     """Log-probability estimator: `one_step`, `elbo`, `coupled`, `quadrature`, `sequence_elbo`, `trajectory`,
     `trajectory_sampled`, `block_bounds`, or a dotted path. `rgrl/algo/estimators.py` says what each one is."""
-    draws: int = 2
+    draws: Annotated[Whole, Ge(1), Le(1000)] = 2
     """Number of random canvases (`elbo`, `block_bounds`), pairs of them (`coupled`, `sequence_elbo`), quadrature nodes
     (`quadrature`) or steps (`trajectory_sampled`) per estimate."""
-    trajectory_steps: int = 1
+    trajectory_steps: Annotated[Whole, Ge(1), Le(MANY)] = 1
     """`trajectory`, `trajectory_sampled`: denoising steps that share a canvas; 1 is exact, more is cheaper."""
-    block_length: int = 0
+    block_length: Annotated[Whole, Ge(0), Le(MANY)] = 0
     """`block_bounds`: tokens of a block; 0 is the whole completion."""
-    upper_power: float = 1.5
+    upper_power: Annotated[Number, Ge(1), Le(1000)] = 1.5
     """`block_bounds`: power of the upper bound, at least 1. SPG paper: 1.5."""
-    upper_share: float = 0.5
+    upper_share: Annotated[Number, Ge(0), Le(1)] = 0.5
     """`block_bounds`: weight of the upper bound where the advantage is not positive, 0 ... 1. SPG paper: 0.5."""
-    advantage: str = "zscore"
+    advantage: Text = "zscore"
     """`centred`, `zscore`, `leave_one_out`, `reward_weighted`, `wd1`, or a dotted path."""
-    weight_temperature: float = 1.0
+    weight_temperature: Annotated[Number, Gt(0)] = 1.0
     """`reward_weighted`: beta, `wd1`: 1 / psi, in units of the reward."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Importance weights for tokens sampled under guidance, from c = (probability under the policy) / (under the guided
@@ -173,70 +216,77 @@ class ObjectiveConfig:
     0."""
     correction_level: Literal["token", "sequence"] = "token"
     """Whether c is of one token, or the product over a completion."""
-    correction_min: float = 0.5
+    correction_min: Annotated[Number, Ge(0)] = 0.5
     """Lower end of the band of `mask`."""
-    correction_max: float = 2.0
+    correction_max: Annotated[Infinite, Gt(0)] = 2.0
     """Upper end; `.inf` with `truncate` is the full correction."""
-    beta: float = 0.0
+    beta: Annotated[Number, Ge(0)] = 0.0
     """Weight of the k3 estimate of KL(policy || frozen base), per token."""
     level: Literal["token", "sequence"] = "token"
     """`grpo`: whether the ratio and its clipping are per token or of a completion's mean token (GSPO)."""
-    epsilon_low: float = 0.2
+    epsilon_low: Annotated[Number, Ge(0), Lt(1)] = 0.2
     """`grpo`: the ratio is clipped below 1 - epsilon_low."""
-    epsilon_high: float = 0.2
+    epsilon_high: Annotated[Number, Ge(0)] = 0.2
     """`grpo`: the ratio is clipped above 1 + epsilon_high."""
-    iterations: int = 1
+    iterations: Annotated[Whole, Ge(1), Le(1000)] = 1
     """Optimizer updates per rollout."""
-    prompt_mask: float = 0.3
+    prompt_mask: Annotated[Number, Ge(0), Lt(1)] = 0.3
     """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
 
+    def __post_init__(self) -> None:
+        if self.correction_min > self.correction_max:
+            raise ConfigError(
+                f"`objective.correction_min` ({self.correction_min}) is above `objective.correction_max` "
+                f"({self.correction_max})"
+            )
 
-@dataclass
+
+@section("optim")
 class OptimConfig:
-    learning_rate: float = 5e-6
+    learning_rate: Annotated[Number, Gt(0), Le(100)] = 5e-6
     """Peak learning rate of AdamW. Paper: 5e-6 at 7B."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[Whole, Ge(0), Le(MANY)] = 0
     """Number of optimizer updates over which the rate rises to its peak in equal steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: constant, or a decay that would reach 0 just after the last update."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[Number, Ge(0), Le(1000)] = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[Number, Gt(0)] = 1.0
     """Gradients are scaled down to this global norm."""
 
 
-@dataclass
+@section("run")
 class RunConfig:
-    output_dir: str = ""
+    output_dir: PathText = ""
     """Where everything is written. Must not hold a run already, unless it is resumed. Required."""
-    seed: int = 0
+    seed: Annotated[Whole, Ge(-(2**63)), Lt(2**63)] = 0
     """Seed of everything random."""
-    steps: int = 500
+    steps: Annotated[Whole, Ge(1), Le(MANY)] = 500
     """Number of RGRL steps (one rollout each)."""
-    save_steps: int = 100
+    save_steps: Annotated[Whole, Ge(0), Le(MANY)] = 100
     """Number of steps between checkpoints; the last step is always saved. 0: only the last."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[Whole, Ge(1), Le(MANY)] = 2
     """Number of newest checkpoints kept."""
-    eval_steps: int = 100
+    eval_steps: Annotated[Whole, Ge(0), Le(MANY)] = 100
     """Number of steps between evaluations, which also run before the first step and after the last. 0: never."""
-    prompts_per_device: int = 2
+    prompts_per_device: Annotated[Whole, Ge(1), Le(10**5)] = 2
     """P, prompts each process rolls out per step; rows per process are P times num_generations. Paper: 2."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Annotated[Whole, Ge(1), Le(MANY)] = 1
     """Number of micro-batches into which a process splits its rows for the update; must divide them."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Flag = False
     """Recompute activations in the backward pass to save memory."""
     empty_cache: Literal["never", "step", "phase"] = "never"
     """When to return cached memory to the GPU: never, after each step, or also between rollout and update (`phase`),
     whose tensors have different shapes and may not fit each other's cached blocks."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Maybe[PathText] = None
     """`latest`: the newest whole checkpoint of `output_dir`; `auto`: the same, or a fresh start if there is none
     yet (for requeued jobs); or the path of a checkpoint folder."""
-    max_hours: float = 0.0
+    max_hours: Annotated[Number, Ge(0), Le(1e5)] = 0.0
     """Hours of wall clock after which the run saves and exits with code 75, as it does on SIGTERM and SIGUSR1: at the
     end of the current rollout or update. 0: no limit."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Annotated[Number, Gt(0), Le(1e6)] = 30.0
     """Minutes that a process waits for the others before it ends the run."""
-    max_skipped: int = 10
+    max_skipped: Annotated[Whole, Ge(1), Le(MANY)] = 10
     """Number of updates in a row skipped for a loss or gradient that is not finite, after which the run stops. The
     batch of each is written to `skipped/`."""
     on_write_error: Literal["stop", "continue"] = "stop"
@@ -245,20 +295,20 @@ class RunConfig:
     whole either way."""
 
 
-@dataclass
+@section("tracking")
 class TrackingConfig:
-    wandb: bool = True
+    wandb: Flag = True
     """Log to Weights & Biases too. Its own settings (WANDB_MODE ...) decide how; offline without an account."""
-    project: str = "rgrl"
+    project: Text = "rgrl"
     """W&B project."""
-    name: str | None = None
+    name: Maybe[Text] = None
     """W&B run name. None: the output folder's name."""
-    completions_steps: int = 10
+    completions_steps: Annotated[Whole, Ge(0), Le(MANY)] = 10
     """Number of steps between tables of rollouts; the last step always saves one. 0: only that one. Every evaluation
     saves its own."""
 
 
-@dataclass
+@section("")
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

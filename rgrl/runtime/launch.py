@@ -12,10 +12,25 @@ from rgrl.config import Config
 from rgrl.errors import ConfigError
 
 _YES = ("1", "true", "yes", "on")
+# What launchers tell a process in numbers: (least, most).
+_NUMBERS = {name: (1, 10**6) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+_NUMBERS |= {name: (0, 10**6) for name in ("RANK", "OMP_NUM_THREADS")}
+_NUMBERS |= {"LOCAL_RANK": (-1, 10**6), "MASTER_PORT": (0, 65535)}
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").lower() in _YES
+
+
+def check_numbers(environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for a variable of the launcher that is not the number it should be."""
+    for name, (least, most) in _NUMBERS.items():
+        text = environ.get(name, "").strip()
+        if text and not (text.lstrip("-").isdecimal() and least <= int(text[:20]) <= most):
+            raise ConfigError(f"the environment variable {name} must be a whole number from {least}, not {text[:60]!r}")
+    rank, size = int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)
+    if rank >= size:
+        raise ConfigError(f"the environment variable RANK ({rank}) must be below WORLD_SIZE ({size})")
 
 
 def check_launch(environ: Mapping[str, str]) -> None:
@@ -84,13 +99,18 @@ def join_processes(config: Config) -> Accelerator:
     Raises `ConfigError` for a launch that cannot work, such as processes that would not know of each other: each would
     be a main process writing to the same folder.
     """
+    check_numbers(os.environ)
     check_launch(os.environ)
     # Groups are created behind a timed barrier: NCCL has no time limit where a process dies before their first use.
     os.environ.setdefault("TORCH_DIST_INIT_BARRIER", "1")
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=config.run.timeout_minutes))
     # Accelerate's launcher starts several CPU processes only as if they were for GPUs, and doesn't tell them.
     on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpus, kwargs_handlers=[patience])
+    try:
+        accelerator = Accelerator(cpu=on_cpus, kwargs_handlers=[patience])
+    except (ValueError, torch.distributed.DistNetworkError) as error:  # a variable that is missing, or a port in use
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(f"the processes cannot join as the launcher says: {told}", on_one_rank=True) from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(
