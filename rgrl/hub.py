@@ -29,6 +29,17 @@ def fetch_checkpoint(path: str, what: str) -> Path:
         raise ConfigError(f"{what} {path}: neither a folder nor found on the Hub ({type(error).__name__})") from error
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold a checkpoint's weights, sorted: those of its index, or else all.
+
+    Raises `ConfigError` for an index that cannot be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(read_json(index)["weight_map"].values()))
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises `ConfigError`."""
     try:

@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from rgrl.algo import Algorithm, resolve_algorithm
 from rgrl.config import Config, GuidanceConfig
-from rgrl.data import PromptStream, load_prompts
+from rgrl.data import PromptStream, fingerprint, load_prompts
 from rgrl.errors import ConfigError
 from rgrl.evaluation import Evaluator
 from rgrl.evaluation.held_out import HeldOut
@@ -42,6 +43,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     algorithm: Algorithm
     readouts: dict[str, Readout]  # `logp`, and those that the objective asks for
+    fingerprints: dict[str, Any]  # of models and data, for checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)
 
     def guidance(self, settings: GuidanceConfig) -> Guidance | None:
@@ -88,11 +90,27 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
     models = policy, rewards, guide_model, judge
-    run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts)
+    fingerprints = take_fingerprints(
+        {"model": policy, "reward": rewards.model, "guide": guide_model, "judge": judge}, prompts, eval_prompts
+    )
+    run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints)
     if eval_prompts is not None:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out))
     return run
+
+
+def take_fingerprints(
+    models: dict[str, Policy | ClassifierReward | None], prompts: Prompts, eval_prompts: Prompts | None
+) -> dict[str, Any]:
+    """What identifies the models and the data of a run, as `about.json` of its checkpoints has it.
+
+    Taken before the run begins: a reward function is given the rows themselves, and may write into them.
+    """
+    found: dict[str, Any] = dict(fingerprint(prompts))
+    if eval_prompts is not None:
+        found["eval"] = fingerprint(eval_prompts)
+    return found | {name: model.fingerprint for name, model in models.items() if model is not None}
 
 
 def check_lengths(config: Config, policy: Policy, data_sets: list[Prompts]) -> None:

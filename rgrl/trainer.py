@@ -19,13 +19,15 @@ from rgrl.checkpoint import (
     Progress,
     Saver,
     check_compatible,
-    check_prompts,
+    check_data,
+    check_model,
     check_writable,
     checkpoints,
     find_checkpoint,
     load,
     load_adapter,
     set_aside_after,
+    warn_of_kinks,
 )
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
@@ -54,7 +56,10 @@ def train(config: Config) -> Path:
             check_compatible(resume, config, accelerator.num_processes)
         run, progress = set_up(config, accelerator), Progress()
         if resume is not None:
-            check_prompts(resume, run.stream.fingerprint())
+            check_model(resume, run.policy)
+            check_data(resume, run.fingerprints)
+            if accelerator.is_main_process:
+                warn_of_kinks(resume, run.fingerprints)
             progress = load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
         tracker = open_output(config, accelerator, resume, progress)
@@ -204,8 +209,8 @@ class Loop:
         run = self.run
         with self.clock.phase("checkpoint"):
             lines_written = self.tracker.flush()
-            fingerprint = run.stream.fingerprint()
-            self.saver.save(run.accelerator, run.policy, run.optimizer, self.progress, fingerprint, lines_written)
+            state = run.policy, run.optimizer, self.progress
+            self.saver.save(run.accelerator, *state, run.fingerprints, lines_written)
         self.saved = self.progress.step
 
     def evaluate(self) -> dict[str, float]:
@@ -301,10 +306,12 @@ def open_checkpoint(config: Config) -> Run:
     accelerator = join_processes(config)
     folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:
-        check_compatible(folder, config, None, ("lora",))  # another alpha would fit and be another policy
+        # Another alpha would fit, and be another policy.
+        check_compatible(folder, config, None, ("model.dtype", "lora"))
     run = set_up(config, accelerator)
     if run.eval_prompts is None:
         raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
     if folder is not None:
+        check_model(folder, run.policy)
         load_adapter(folder, run.policy)
     return run

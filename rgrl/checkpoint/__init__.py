@@ -3,11 +3,13 @@
 from rgrl.checkpoint.format import Progress, checkpoints, damage
 from rgrl.checkpoint.resume import (
     check_compatible,
-    check_prompts,
+    check_data,
+    check_model,
     check_writable,
     find_checkpoint,
     load,
     load_adapter,
+    warn_of_kinks,
 )
 from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot, write
 
@@ -16,7 +18,8 @@ __all__ = [
     "Saver",
     "Snapshot",
     "check_compatible",
-    "check_prompts",
+    "check_data",
+    "check_model",
     "check_writable",
     "checkpoints",
     "damage",
@@ -25,5 +28,6 @@ __all__ = [
     "load_adapter",
     "set_aside_after",
     "take_snapshot",
+    "warn_of_kinks",
     "write",
 ]

@@ -1,10 +1,16 @@
 """What a checkpoint folder holds, and whether it is whole.
 
 A checkpoint is a folder `checkpoints/step_000100/` with `adapter/` in peft's own format, `state.pt` (optimizer, global
-random state of each rank), `progress.json`, `config.yaml`, `about.json` (its number of processes, prompts and library
-versions) and `manifest.json`, which has the size and the SHA-256 of every other file. It is written under another
-name, flushed to disk and renamed, and then the file `checkpoints/latest` is replaced by one that names it. So a folder
-of this name is whole unless somebody or the disk changed it, and the manifest shows that.
+random state of each rank), `progress.json`, `config.yaml`, `about.json` and `manifest.json`, which has the size and the
+SHA-256 of every other file. It is written under another name, flushed to disk and renamed, and then the file
+`checkpoints/latest` is replaced by one that names it. So a folder of this name is whole unless somebody or the disk
+changed it, and the manifest shows that.
+
+`about.json` says what a resumed run is compared with, beside the settings: the number of `processes`, the library
+`versions`, the fingerprints of the training data (`prompts` and `rows`), of the evaluation data (`eval`, likewise) and
+of the models: `model` (the policy), `reward`, `guide` and `judge`, where there is one. Those of models are explained in
+`rgrl/models/fingerprint.py`, those of data in `rgrl/data/fingerprint.py`. Before they were recorded there were only
+`processes`, `versions` and `prompts`; such checkpoints can be resumed too.
 """
 
 import functools
@@ -82,7 +88,7 @@ def damage(folder: Path) -> str | None:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """The number of processes, prompts and library versions that a checkpoint was made with. Raises `ConfigError`."""
+    """What a checkpoint's `about.json` says of how it was made. Raises `ConfigError`."""
     return read_file(folder / "about.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -17,10 +17,13 @@ from rgrl.config import Config, to_dict
 from rgrl.console import warn
 from rgrl.errors import ConfigError
 from rgrl.models import Policy
+from rgrl.models.fingerprint import differing_parts
 from rgrl.seeds import seed_globals, set_global_state
 
-# Settings that a resumed run must share with its earlier part, or its metrics would not be comparable.
-_FIXED = ("model", "lora", "data", "rollout.num_generations", "run.seed")
+# Settings that a resumed run must share with its earlier part: it could not go on from the same state, or would be
+# another experiment in the same curve. Models and data are compared by content, not by where they lie. Everything else
+# may change, as a user who changes a rate, a reward or guidance in the middle of a run means to.
+_FIXED = ("model.dtype", "lora", "rollout.num_generations", "run.seed")
 
 
 def check_writable(output_dir: Path) -> None:
@@ -84,19 +87,24 @@ def _choose(wanted: str | None, output: Path) -> Path | None:
 def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tuple[str, ...] = _FIXED) -> None:
     """Refuse to go on with settings `keys` other than the saved ones, naming both values. Raises `ConfigError`.
 
-    With a number of `ranks`, also refuse another number of prompts per step, which determines the position in the data.
+    A key may be a whole section. With a number of `ranks`, to train on, also refuse another number of prompts per step,
+    which determines the position in the data.
     """
     saved = read_file(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
-    now, defaults = to_dict(config), to_dict(Config())
-    for key in keys:
-        before, after = _get(saved, key), _get(now, key)
-        if isinstance(before, dict):  # a setting younger than the checkpoint had its default
-            before = _get(defaults, key) | before
-        if before != after:
-            raise ConfigError(f"cannot resume {folder}: `{key}` was {before} and is now {after}")
+    if ranks is not None and "model" not in about(folder):  # older than fingerprints: the same path has to do
+        keys = (*keys, "model.path")
+    # A setting younger than the checkpoint had its default.
+    before, now = _leaves(to_dict(Config()), keys) | _leaves(saved, keys), _leaves(to_dict(config), keys)
+    changed = [
+        f"`{key}` was {before.get(key)} and is now {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"cannot resume {folder}: {', '.join(changed)}")
     if ranks is None:
         return
-    processes, per_device = about(folder)["processes"], _get(saved, "run.prompts_per_device")
+    processes, per_device = about(folder)["processes"], saved["run"]["prompts_per_device"]
     total, own = processes * per_device, config.run.prompts_per_device
     if total != ranks * own:
         remedy = (
@@ -110,17 +118,59 @@ def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tupl
         )
 
 
-def check_prompts(folder: Path, fingerprint: str) -> None:
-    """Refuse to go on with other training prompts than the saved run's. Raises `ConfigError`."""
-    before = about(folder)["prompts"]
-    if before != fingerprint:
-        raise ConfigError(f"cannot resume {folder}: `data.path` held {before} and now holds {fingerprint}")
+def _leaves(tree: dict[str, Any], keys: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """The settings in a tree that `keys` name, themselves or by their section: `lora.r` -> 4."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = prefix + name
+        if isinstance(value, dict):
+            found |= _leaves(value, keys, f"{key}.")
+        elif any(f"{key}.".startswith(f"{wanted}.") for wanted in keys):
+            found[key] = value
+    return found
 
 
-def _get(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree
+def check_model(folder: Path, policy: Policy) -> None:
+    """Refuse to go on with another base model than the saved run's, wherever the two lie. Raises `ConfigError`."""
+    before, now = about(folder).get("model"), policy.fingerprint
+    if before is None:  # older than fingerprints: see `check_compatible`
+        return
+    if before["family"] != now["family"]:
+        raise ConfigError(f"cannot resume {folder}: `model.family` was {before['family']} and is now {now['family']}")
+    if changed := differing_parts(before, now):
+        commits = [(model.get("commit") or "none")[:12] for model in (before, now)]
+        told = "" if commits[0] == commits[1] else f" (commit of the Hub: then {commits[0]}, now {commits[1]})"
+        raise ConfigError(
+            f"cannot resume {folder}: `model.path` {policy.path} is not the model of that run, its "
+            f"{' and '.join(changed)} differ{told}; set it to where that model is now"
+        )
+
+
+def check_data(folder: Path, fingerprints: dict[str, Any]) -> None:
+    """Refuse to go on with other training data than the saved run's, wherever they lie. Raises `ConfigError`."""
+    before = about(folder)
+    if before["prompts"] != fingerprints["prompts"]:
+        raise ConfigError(
+            f"cannot resume {folder}: `data.path` held {before['prompts']} and now holds {fingerprints['prompts']}"
+        )
+    if before.get("rows", fingerprints["rows"]) != fingerprints["rows"]:
+        raise ConfigError(
+            f"cannot resume {folder}: `data.path` holds the same prompts, but its other columns, which rewards may "
+            "read, are not those of that run; restore them"
+        )
+
+
+def warn_of_kinks(folder: Path, fingerprints: dict[str, Any]) -> None:
+    """Say in one line which of the things that a run is measured with are not the saved run's."""
+    before = about(folder)
+    changed = []
+    for name, words in (("reward", "the reward model"), ("guide", "the guide"), ("judge", "the judge")):
+        if name in before and name in fingerprints and (parts := differing_parts(before[name], fingerprints[name])):
+            changed.append(f"{words} ({', '.join(parts)})")
+    if "eval" in before and "eval" in fingerprints and before["eval"] != fingerprints["eval"]:
+        changed.append("the evaluation data")
+    if changed:
+        warn(f"not the same as in {folder}: {', '.join(changed)}; expect a kink in the curves at this step")
 
 
 def load_adapter(folder: Path, policy: Policy) -> None:

@@ -54,15 +54,15 @@ class Saver:
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         progress: Progress,
-        prompts: str,
+        fingerprints: dict[str, Any],
         lines_written: bool,
     ) -> None:
         """Start to write `checkpoints/step_N`, after the one before it is written. Collective.
 
-        `prompts` is the fingerprint of the training prompts. `lines_written` tells whether the metrics up to here are
-        on disk: after a checkpoint without them a resumed run would lack a line, so none is written.
+        `fingerprints` are those of the models and the data. `lines_written` tells whether the metrics up to here are on
+        disk: after a checkpoint without them a resumed run would lack a line, so none is written.
         """
-        snapshot = take_snapshot(accelerator, policy, optimizer, progress, prompts)
+        snapshot = take_snapshot(accelerator, policy, optimizer, progress, fingerprints)
         if not accelerator.is_main_process:
             return
         self.wait()
@@ -88,14 +88,18 @@ class Saver:
 
 
 def take_snapshot(
-    accelerator: Accelerator, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, prompts: str
+    accelerator: Accelerator,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    fingerprints: dict[str, Any],
 ) -> Snapshot:
     """A copy of the state that shares no memory with it. Collective: it holds every rank's random state."""
     assert policy.peft_model is not None
     adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in adapter_of(policy).items()}
     config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
-    about = {"processes": accelerator.num_processes, "prompts": prompts, "versions": versions()}
+    about = {"processes": accelerator.num_processes, "versions": versions()} | fingerprints
     state = {"optimizer": pack(optimizer), "rng": rng}
     return Snapshot(adapter, config, state, progress, about)
 

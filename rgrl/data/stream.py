@@ -1,7 +1,5 @@
 """Which prompts a step sees. A batch is a function of the step number, so resuming needs no other state."""
 
-import hashlib
-
 import torch
 
 from rgrl.seeds import generator
@@ -14,23 +12,12 @@ class PromptStream:
     def __init__(self, prompts: Prompts, seed: int, per_rank: int, ranks: int) -> None:
         self.prompts, self.seed, self.per_rank, self.ranks = prompts, seed, per_rank, ranks
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._fingerprint: str | None = None
 
     def batch(self, step: int, rank: int) -> Prompts:
         """This rank's P prompts of `step`; every prompt appears once per epoch, whatever the number of ranks."""
         first = (step * self.ranks + rank) * self.per_rank
         chosen = [self._at(i) for i in range(first, first + self.per_rank)]
         return self.prompts.take(chosen)
-
-    def fingerprint(self) -> str:
-        """Identifies a set of prompts: their number, and a hash of their texts in order."""
-        if self._fingerprint is None:
-            self._fingerprint = self._hash()
-        return self._fingerprint
-
-    def _hash(self) -> str:
-        digest = hashlib.sha256("\0".join(self.prompts.texts).encode("utf-8", "surrogatepass"))
-        return f"{len(self.prompts)} prompts (SHA-256 {digest.hexdigest()[:16]})"
 
     def _at(self, i: int) -> int:
         epoch, place = divmod(i, len(self.prompts))

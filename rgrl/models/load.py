@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rgrl.config import ModelConfig
 from rgrl.errors import ConfigError
-from rgrl.hub import fetch_checkpoint, read_json
+from rgrl.hub import fetch_checkpoint, read_json, weight_files
 from rgrl.models.families import Family, find_family
+from rgrl.models.fingerprint import fingerprint
 from rgrl.models.policy import Policy
 
 
@@ -40,7 +41,9 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     decoder.is_causal = False
     weights = {family.rename(name): tensor for name, tensor in _read_weights(folder).items()}
     causal_lm = _fill(family, decoder, weights, getattr(torch, config.dtype), folder)
-    policy = Policy(causal_lm.to(device), tokenizer, family, mask_id, config.path)
+    # Only now: what has just been read is in memory, so it comes faster than from the disk.
+    identity = {"family": family.name} | fingerprint(folder)
+    policy = Policy(causal_lm.to(device), tokenizer, family, mask_id, config.path, identity)
     return policy.requires_grad_(False).eval()
 
 
@@ -57,11 +60,7 @@ def _load_tokenizer(family: Family, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-    else:
-        names = [path.name for path in folder.glob("*.safetensors")]
+    names = weight_files(folder)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise ConfigError(f"{folder} has no weights: expected {', '.join(missing) or 'model.safetensors'}")

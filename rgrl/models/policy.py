@@ -27,7 +27,13 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, family: Family, mask_id: int, path: str
+        self,
+        causal_lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        family: Family,
+        mask_id: int,
+        path: str,
+        fingerprint: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -39,6 +45,7 @@ class Policy(nn.Module):
         self.family = family
         self.mask_id = mask_id
         self.path = path  # where it was loaded from, for the adapter's config
+        self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), and its `family`
         if tokenizer.eos_token_id is None:
             raise ConfigError("the policy's tokenizer has no end-of-text token")
         self.eos_id: int = tokenizer.eos_token_id

@@ -21,6 +21,7 @@ from rgrl.config import GuidanceConfig
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint
 from rgrl.models.batch import count_positions, pad_left
+from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
 from rgrl.rewards.bridge import bridge_embeddings
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts
@@ -31,11 +32,18 @@ _MARK = "\u241f"  # stands for the completion while the chat template is cut in 
 class ClassifierReward(nn.Module):
     """`AutoModelForSequenceClassification` with one label, frozen; it scores text and guides through embeddings."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        fingerprint: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), with its `adapter` if any
         self.embedding_VD: Tensor | None = None
         self.bridge_share: dict[str, float] = {}
 
@@ -173,11 +181,13 @@ def load_classifier(
         raise ConfigError(f"reward model {path} has no weights: expected model.safetensors")
     tokenizer = _load_tokenizer(folder, path)
     model = _load_model(folder, path, dtype)
+    identity = fingerprint(folder)
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise ConfigError(f"`reward.adapter` {adapter}: no adapter_config.json there")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return ClassifierReward(model.to(device), tokenizer, name)
+        identity["adapter"] = adapter_fingerprint(Path(adapter))
+    return ClassifierReward(model.to(device), tokenizer, name, identity)
 
 
 def _load_tokenizer(folder: Path, path: str | Path) -> PreTrainedTokenizerBase:

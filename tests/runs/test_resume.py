@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,20 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import REPO, TINY_DREAM, TINY_LLADA
+from checkpoints import PROMPTS, REPO, TINY_DREAM, TINY_LLADA, write_dream, write_reward
 from peft import PeftModel
 from processes import TRAIN, altered_train, finish, start, start_ranks, wait_until
 from safetensors.torch import load_file
-from training import adapter, assert_same_run, go, resolved, saved, tables, untimed, write
+from training import adapter, assert_same_run, changed, go, resolved, saved, tables, untimed, write
 
 from rgrl.algo.learning_rate import learning_rate
-from rgrl.checkpoint import Saver, checkpoints, damage, load_adapter, save
+from rgrl.checkpoint import Saver, check_model, checkpoints, damage, load_adapter, save
 from rgrl.config import OptimConfig, load_config
 from rgrl.errors import ConfigError
 from rgrl.models import add_lora, load_policy
 from rgrl.models.families import FAMILIES
 from rgrl.tracking import read_metrics
-from rgrl.trainer import Loop
+from rgrl.trainer import Loop, evaluate
 
 RECIPE = REPO / "recipes" / "reviews" / "rgrl.yaml"
 VARIANTS = {
@@ -230,7 +231,9 @@ def test_a_checkpoint_is_what_the_run_needs_and_nothing_else(tiny, tmp_path, dre
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     about = json.loads((folder / "about.json").read_text())
+    assert about.keys() == {"processes", "versions", "prompts", "rows", "model", "reward", "guide", "judge"}
     assert about["processes"] == 1 and about["prompts"].startswith("6 prompts (SHA-256 ")
+    assert about["model"].keys() == {"family", "config", "tokenizer", "weights"} and about["guide"] == about["reward"]
     assert about["versions"]["torch"] == importlib.metadata.version("torch")
     state = torch.load(folder / "state.pt", weights_only=True)
     assert set(state) == {"optimizer", "rng"} and set(state["rng"][0]) >= {"torch", "python", "numpy"}
@@ -287,11 +290,157 @@ def test_manifest_missing_edited_or_incomplete(tiny, tmp_path):
     assert damage(folder)
 
 
+def own_models(tiny: dict, folder: Path) -> None:
+    """Copies of the models, which a test may move and spoil."""
+    for section, name in (("model", "policy"), ("reward", "reward"), ("judge", "judge")):
+        tiny[section]["path"] = str(shutil.copytree(tiny[section]["path"], folder / name))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_moved_with_its_model_and_data_a_run_ends_with_the_same_bytes(tiny, tmp_path, capfd):
+    own_models(tiny, tmp_path)
+    whole = go(tiny, tmp_path, steps=3, output_dir="whole")
+    go(tiny, tmp_path, steps=2)
+    place = tmp_path / "another" / "place"
+    place.mkdir(parents=True)
+    for name in ("policy", "reward", "judge", "prompts.jsonl", "run"):
+        (tmp_path / name).rename(place / name)
+    for section in ("model", "reward", "judge"):
+        tiny[section]["path"] = str(place / Path(tiny[section]["path"]).name)
+    tiny["data"] |= dict.fromkeys(("path", "eval_path"), str(place / "prompts.jsonl"))
+    capfd.readouterr()
+    moved = go(tiny, place, steps=3, resume_from_checkpoint="latest")
+    assert "warning" not in capfd.readouterr().err
+    assert_same_run(moved, whole, 3)
+
+
+def test_another_model_under_the_same_path_is_refused(tiny, tmp_path):
+    own_models(tiny, tmp_path)
+    output, folder, backup = go(tiny, tmp_path, steps=1), tmp_path / "policy", tmp_path / "backup"
+    folder.rename(backup)
+    changes = {
+        "weights": lambda: write_dream(folder, seed=5),  # of the same shapes
+        "config.json": lambda: edit_json(folder / "config.json", rms_norm_eps=1e-5),
+        "tokenizer": lambda: edit_json(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}"),
+        "config.json and weights": lambda: write_dream(folder, seed=6, rope_theta=500.0),
+    }
+    for parts, change in changes.items():
+        shutil.copytree(backup, folder)
+        change()
+        told = f"`model.path` {folder} is not the model of that run, its {parts} differ; set it to where"
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            go(tiny, tmp_path, resume_from_checkpoint="latest")
+        if parts == "weights":
+            with pytest.raises(ConfigError, match=re.escape(told)):
+                evaluate(resolved(changed(tiny, run={"resume_from_checkpoint": "latest"}), tmp_path))
+        shutil.rmtree(folder)
+    assert saved(output) == ["step_000001"] and len(untimed(output)) == 2
+    backup.rename(folder)
+    go(tiny, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_model_of_the_hub_is_known_by_its_content_and_named_by_its_commit(tiny, tmp_path):
+    commits = {seed: tmp_path / "snapshots" / (digit * 40) for seed, digit in ((0, "a"), (5, "b"))}
+    for seed, folder in commits.items():
+        write_dream(folder, seed=seed)
+    again = shutil.copytree(commits[0], tmp_path / "snapshots" / ("c" * 40))
+    tiny["model"]["path"] = str(commits[0])
+    checkpoint = go(tiny, tmp_path, steps=1, eval_steps=0) / "checkpoints" / "step_000001"
+    check_model(checkpoint, load_policy(again))
+    with pytest.raises(ConfigError, match=r"weights differ \(commit of the Hub: then aaaaaaaaaaaa, now bbbbbbbbbbbb\)"):
+        check_model(checkpoint, load_policy(commits[5]))
+
+
+def test_another_family_is_refused_and_its_own_by_name_is_not(tiny, tmp_path):
+    checkpoint = go(tiny, tmp_path, steps=1, eval_steps=0) / "checkpoints" / "step_000001"
+    tiny["model"]["family"] = "dream"
+    go(tiny, tmp_path, eval_steps=0, resume_from_checkpoint="latest")
+    policy = load_policy(tiny["model"]["path"])
+    policy.fingerprint["family"] = "mine"
+    with pytest.raises(ConfigError, match=r"`model.family` was dream and is now mine"):
+        check_model(checkpoint, policy)
+
+
 def test_other_prompts_under_the_same_name_are_refused(tiny, tmp_path):
     go(tiny, tmp_path, steps=1)
     prompts = Path(tiny["data"]["path"])
     prompts.write_text(prompts.read_text().replace("thriller", "comedy"))
     with pytest.raises(ConfigError, match=r"`data.path` held 6 prompts \(SHA-256 \w+\) and now holds 6 prompts"):
+        go(tiny, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_other_columns_of_the_same_prompts_are_refused(tiny, tmp_path, monkeypatch):
+    """But not what a reward function writes into the rows that it is given."""
+    (tmp_path / "writing.py").write_text(
+        "def count(prompts, completions, rows):\n"
+        "    for row in rows: row['seen'] = row.get('seen', 0) + 1\n"
+        "    return [float(row['gold']) for row in rows]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny["reward"]["functions"] = {"writing:count": 1.0}
+    path, rows = tmp_path / "gold.jsonl", [{"prompt": text, "gold": i} for i, text in enumerate(PROMPTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny["data"] |= {"path": str(path), "eval_path": str(path)}
+    go(tiny, tmp_path, steps=1)
+    go(tiny, tmp_path, steps=2, resume_from_checkpoint="latest")
+    path.write_text("".join(json.dumps(row | {"gold": 9}) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"`data.path` holds the same prompts, but its other columns"):
+        go(tiny, tmp_path, steps=3, resume_from_checkpoint="latest")
+
+
+def test_other_reward_models_judges_and_evaluation_data_are_told_in_one_line(tiny, tmp_path, capfd):
+    own_models(tiny, tmp_path)
+    output = go(tiny, tmp_path, steps=1)
+    for name, seed in (("reward", 7), ("judge", 8)):
+        shutil.rmtree(tmp_path / name)
+        write_reward(tmp_path / name, seed=seed)
+    tiny["data"]["eval_prompts"] = 3
+    capfd.readouterr()
+    go(tiny, tmp_path, resume_from_checkpoint="latest")
+    [told] = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    what = "the reward model (weights), the guide (weights), the judge (weights), the evaluation data"
+    checkpoint = output / "checkpoints" / "step_000001"
+    assert told.endswith(f"warning: not the same as in {checkpoint}: {what}; expect a kink in the curves at this step")
+
+
+def without_fingerprints(checkpoint: Path) -> None:
+    """Make a checkpoint one that was saved before they were recorded."""
+    about, manifest = checkpoint / "about.json", checkpoint / "manifest.json"
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps({name: content[name] for name in ("processes", "prompts", "versions")}))
+    files = json.loads(manifest.read_text())["files"]
+    files["about.json"] = {"bytes": about.stat().st_size, "sha256": hashlib.sha256(about.read_bytes()).hexdigest()}
+    manifest.write_text(json.dumps({"files": files}))
+
+
+def test_a_checkpoint_without_fingerprints_is_compared_by_its_paths_and_prompts(tiny, tmp_path):
+    own_models(tiny, tmp_path)
+    whole, output = go(tiny, tmp_path, steps=2, output_dir="whole"), go(tiny, tmp_path, steps=1)
+    without_fingerprints(output / "checkpoints" / "step_000001")
+    tiny["model"]["path"] = str(shutil.copytree(tmp_path / "policy", tmp_path / "moved"))
+    with pytest.raises(ConfigError, match=f"`model.path` was {tmp_path / 'policy'} and is now {tmp_path / 'moved'}"):
+        go(tiny, tmp_path, resume_from_checkpoint="latest")
+    tiny["model"]["path"] = str(tmp_path / "policy")
+    prompts = tmp_path / "prompts.jsonl"
+    text = prompts.read_text()
+    prompts.write_text(text.replace("thriller", "comedy"))
+    with pytest.raises(ConfigError, match=r"`data.path` held 6 prompts"):
+        go(tiny, tmp_path, resume_from_checkpoint="latest")
+    prompts.write_text(text)
+    go(tiny, tmp_path, resume_from_checkpoint="latest")
+    assert_same_run(output, whole, 2)
+    assert "model" in json.loads((output / "checkpoints" / "step_000002" / "about.json").read_text())
+
+
+def test_every_setting_that_differs_is_named_by_itself(tiny, tmp_path):
+    go(tiny, tmp_path, steps=1, eval_steps=0)
+    tiny["lora"] |= {"r": 8, "targets": ["q_proj"]}
+    targets = "['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']"
+    told = f"step_000001: `lora.r` was 4 and is now 8, `lora.targets` was {targets} and is now ['q_proj']"
+    with pytest.raises(ConfigError, match=re.escape(told) + "$"):
         go(tiny, tmp_path, resume_from_checkpoint="latest")
 
 
@@ -302,8 +451,8 @@ def test_everything_that_may_change_on_resuming(tiny, tmp_path):
     tiny["rollout"]["temperature"] = 0.5
     tiny["optim"]["learning_rate"] = 5e-3
     tiny["tracking"]["completions_steps"] = 0
-    changed = {"save_steps": 2, "eval_steps": 0, "keep_checkpoints": 1, "gradient_accumulation_steps": 2}
-    lines = untimed(go(tiny, tmp_path, steps=3, resume_from_checkpoint="latest", **changed))
+    run = {"save_steps": 2, "eval_steps": 0, "keep_checkpoints": 1, "gradient_accumulation_steps": 2}
+    lines = untimed(go(tiny, tmp_path, steps=3, resume_from_checkpoint="latest", **run))
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and "ratio" in lines[-1]
 
 
