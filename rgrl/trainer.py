@@ -29,7 +29,7 @@ from rgrl.checkpoint import (
     set_aside_after,
     warn_of_kinks,
 )
-from rgrl.config import Config, to_dict
+from rgrl.config import Config, check, to_dict
 from rgrl.console import warn
 from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
@@ -48,6 +48,7 @@ def train(config: Config) -> Path:
 
     Raises `ConfigError` for bad input, before any long work starts, and `RunStoppedError` where the run ends early.
     """
+    check(config)
     with StopRequests(config.run.max_hours) as requests:
         check_writable(Path(config.run.output_dir))  # before others count on this process
         accelerator = join_processes(config)
@@ -303,6 +304,7 @@ def sample(config: Config) -> Iterator[dict]:
 
 def open_checkpoint(config: Config) -> Run:
     """A run with the adapter that `run.resume_from_checkpoint` names, and evaluation prompts. Raises `ConfigError`."""
+    check(config)
     accelerator = join_processes(config)
     folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:
