@@ -1,78 +1,174 @@
-"""What a finished run shows a person: a table, completions before and after, and a picture of the curve.
+"""What a run shows a person: a table, completions before and after, and a picture of the curve.
 
-Everything is read from the run's own files, so a resumed run reports like an undisturbed one.
+Everything is read from the run's own files, so a resumed run reports like an undisturbed one, and one that is still
+going or has been stopped like one that has ended.
 """
 
+import os
+import re
+import shutil
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from rgrl.errors import ConfigError
 from rgrl.tracking.journal import read_metrics
 
 PHASES = ("rollout", "reward", "update", "eval", "checkpoint")
+MEASURES = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/length")
+Lines = list[dict[str, Any]]
+
+
+def check(output_dir: Path) -> None:
+    """Raise `ConfigError` unless the folder holds a run whose metrics can be read."""
+    path = output_dir / "metrics.jsonl"
+    try:
+        if not output_dir.is_dir():
+            raise ConfigError(f"{output_dir}: {'not a folder' if output_dir.exists() else 'no such folder'}")
+        if not path.exists():
+            raise ConfigError(f"{output_dir} holds no run: it has no metrics.jsonl")
+        lines = read_metrics(path)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: it is not text in UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise ConfigError(f"{path} cannot be read: line {number} has no step")
+        if odd := [key for key, value in line.items() if not isinstance(value, int | float | None)]:
+            raise ConfigError(f"{path} cannot be read: {odd[0]} in line {number} is not a number")
+
+
+def as_text(output_dir: Path, plotted: Path | None) -> str:
+    """The whole report; `plotted` is what `plot` returned."""
+    where = [f"plot: {plotted}"] if plotted is not None else []
+    if (adapter := newest_adapter(output_dir)) is not None:
+        where.append(f"adapter: {adapter}")
+    return "\n\n".join(filter(None, [summary(output_dir), before_and_after(output_dir), "\n".join(where)]))
+
+
+def state(output_dir: Path) -> str:
+    """How far the run is."""
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    done = lines[-1]["step"] if lines else 0
+    try:
+        settings = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+        total = f" of {int(settings['run']['steps'])}"
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        total = ""  # a line without it is better than none
+    return f"{output_dir}: step {done}{total}"
 
 
 def summary(output_dir: Path) -> str:
-    """Start and end of the evaluation, and seconds by phase, as a text table."""
+    """Start and end of the evaluation, or of the rollouts where there is none, and seconds by phase."""
     lines = read_metrics(output_dir / "metrics.jsonl")
-    evals = [line for line in lines if "eval/reward" in line]
-    text = []
-    if len(evals) > 1:
-        first, last = evals[0], evals[-1]
-        text.append(
-            f"{'unguided, held-out prompts':<28}{'step ' + str(first['step']):>10}{'step ' + str(last['step']):>10}"
-        )
-        for key in ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/length"):
-            if first.get(key) is not None and last.get(key) is not None:
-                spread = first.get(f"{key}_std")
-                note = f"   ({(last[key] - first[key]) / spread:+.2f} of its starting sd)" if spread else ""
-                text.append(f"{key:<28}{first[key]:>10.3f}{last[key]:>10.3f}{note}")
+    evals = [line for line in lines if line.get("eval/reward") is not None]
+    rollouts = [line for line in lines if line.get("reward") is not None]
+    if evals:
+        text = _table("unguided, held-out prompts", evals, MEASURES)
+    elif rollouts:
+        text = _table("rollouts, no evaluation", rollouts, ("reward",))
+    else:
+        text = ["no step has been logged yet"]
     seconds = {phase: sum(line.get(f"time/{phase}") or 0.0 for line in lines) for phase in PHASES}
-    text.append("seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items() if value >= 0.5))
+    counted = [f"{phase} {value:.0f}" for phase, value in seconds.items() if value >= 0.5]
+    if counted:
+        text.append("seconds: " + ", ".join(counted))
     return "\n".join(text)
 
 
-def before_and_after(output_dir: Path, count: int = 4, width: int = 56) -> str:
+def _table(title: str, lines: Lines, measures: tuple[str, ...]) -> list[str]:
+    """A row for each measure that all columns have: the first line, and the last where it is another one."""
+    columns = [lines[0], lines[-1]] if len(lines) > 1 else [lines[0]]
+    text = [f"{title:<28}" + "".join(f"{'step ' + str(line['step']):>12}" for line in columns)]
+    for key in measures:
+        values = [line[key] for line in columns if line.get(key) is not None]
+        if len(values) < len(columns):
+            continue
+        spread = columns[0].get(f"{key}_std")
+        note = f"   ({(values[1] - values[0]) / spread:+.2f} of its starting sd)" if spread and len(values) > 1 else ""
+        text.append(f"{key:<28}" + "".join(f"{value:>12.3f}" for value in values) + note)
+    return text
+
+
+def before_and_after(output_dir: Path, count: int = 4) -> str:
     """The first `count` eval prompts with their completions at the first and the last evaluation."""
+    named = ((re.fullmatch(r"eval_(\d+)\.parquet", path.name), path) for path in output_dir.glob("completions/*"))
+    tables = [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+    try:
+        return _samples([_by_index(path) for path in tables[:1] + tables[1:][-1:]], count)
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's own are among them
+        return f"samples: a table in {output_dir / 'completions'} cannot be read ({type(error).__name__})"
+
+
+def _by_index(path: Path) -> dict[int, dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    tables = sorted((output_dir / "completions").glob("eval_*.parquet"))
-    if len(tables) < 2:
-        return ""
-    first, last = (pq.read_table(tables[i]).to_pylist() for i in (0, -1))
+    return {row["index"]: row for row in pq.read_table(path).to_pylist()}
+
+
+def _samples(ends: list[dict[int, dict[str, Any]]], count: int) -> str:
+    """`ends` are the rows of the first and the last evaluation, or of the only one, by the prompt's number."""
+    common = sorted(set.intersection(*map(set, ends))) if ends else []  # a resumed run may have other eval prompts
+    names = ("before", "after") if len(ends) > 1 else ("now",)
     text = []
-    for before, after in list(zip(first, last, strict=True))[:count]:
-        text.append(f"[{before['prompt']}]")
-        for name, row in (("before", before), ("after", after)):
-            text.append(f"  {name:<7}{row['reward']:>6.2f}  {row['completion'].strip()}")
+    for i in common[:count]:
+        text.append(_wrap("[", f"{ends[0][i]['prompt']}]"))
+        for name, rows in zip(names, ends, strict=True):
+            text.append(_wrap(f"  {name:<7}{rows[i]['reward']:>6.2f}  ", rows[i]["completion"]))
     return "\n".join(text)
 
 
-def plot(output_dir: Path) -> Path | None:
-    """Save `reward.png`: the training rollouts' reward by step, and the unguided evaluation with its judge."""
+def _wrap(start: str, text: str) -> str:
+    """Text that goes on below itself where the terminal ends, and is cut after six lines."""
+    columns = max(40, shutil.get_terminal_size((120, 24)).columns)
+    indent = " " * len(start)
+    lines = textwrap.wrap(text.strip(), columns, initial_indent=start, subsequent_indent=indent, max_lines=6)
+    return "\n".join(lines) or start.rstrip()
+
+
+def newest_adapter(output_dir: Path) -> Path | None:
+    """The folder of the newest checkpoint's adapter, which `peft` loads; None before the first checkpoint."""
+    named = ((re.fullmatch(r"step_(\d+)", path.parent.name), path) for path in output_dir.glob("checkpoints/*/adapter"))
+    return max(((int(match[1]), path) for match, path in named if match), default=(0, None))[1]
+
+
+def plot(output_dir: Path, path: Path | None = None) -> Path | None:
+    """Save a picture, `reward.png` by default: the rollouts' reward by step, and the unguided evaluation and its judge.
+
+    Returns its path, or None if there is nothing to show yet. Raises `OSError`.
+    """
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    curves = [
+        ("reward", {"color": "0.75", "label": "rollouts (training)"}),
+        ("eval/reward", {"color": "C0", "marker": "o", "label": "eval reward, unguided"}),
+        ("eval/judge", {"color": "C1", "marker": "o", "label": "eval judge, unguided"}),
+    ]
+    points = {key: [(line["step"], line[key]) for line in lines if line.get(key) is not None] for key, _ in curves}
+    if not any(points.values()):
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_metrics(output_dir / "metrics.jsonl")
-    train = [(line["step"], line["reward"]) for line in lines if line.get("reward") is not None]
-    evals = [line for line in lines if line.get("eval/reward") is not None]
-    if not train:
-        return None
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    axes.plot(*zip(*train, strict=True), color="0.75", label="rollouts (training)")
-    for key, label, colour in (
-        ("eval/reward", "eval reward, unguided", "C0"),
-        ("eval/judge", "eval judge, unguided", "C1"),
-    ):
-        points = [(line["step"], line[key]) for line in evals if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
+    for key, style in curves:
+        if points[key]:
+            axes.plot(*zip(*points[key], strict=True), **style)
     axes.set_xlabel("step")
     axes.set_ylabel("score")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    path = output_dir / "reward.png"
-    figure.savefig(path)
-    plt.close(figure)
+    path = path if path is not None else output_dir / "reward.png"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # a run that is still going may draw its own
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
     return path
