@@ -1,7 +1,7 @@
 """What a run is made of, loaded and checked before any long work: processes, models, data, algorithm, evaluators."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -45,6 +45,7 @@ class Run:
     readouts: dict[str, Readout]  # `logp`, and those that the objective asks for
     fingerprints: dict[str, Any]  # of models and data, for checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)
+    tell: Callable[[str], None] = lambda text: None  # shows a few words beside the bar; the loop sets it
 
     def guidance(self, settings: GuidanceConfig) -> Guidance | None:
         """What steers rollouts under these settings; None if nothing does."""
@@ -96,7 +97,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints)
     if eval_prompts is not None:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
-        run.evaluators.append(HeldOut(config, accelerator, *held_out))
+        run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
     return run
 
 

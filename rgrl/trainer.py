@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rgrl.algo.corrections import exact
 from rgrl.checkpoint import (
     Progress,
     Saver,
@@ -30,9 +29,10 @@ from rgrl.checkpoint import (
     warn_of_kinks,
 )
 from rgrl.config import Config, check, to_dict
-from rgrl.console import warn
+from rgrl.console import inform, warn
 from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
+from rgrl.header import header, what_runs
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import counts
 from rgrl.runtime.launch import join_processes
@@ -64,9 +64,8 @@ def train(config: Config) -> Path:
             progress = load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
         tracker = open_output(config, accelerator, resume, progress)
-        if config.objective.correction != "none" and config.guidance.kind != "none":
-            kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/algo/corrections.py)"
-            accelerator.print(f"correcting for guidance: the ratio of a whole completion is {kind}")
+        if accelerator.is_main_process:
+            inform("\n".join(header(run, progress.step + 1, tracker.destinations())))
         loop = Loop(run, progress, tracker, Saver(config), requests, saved_step(config, resume, progress))
         try:
             reason = loop.run_steps()
@@ -142,6 +141,7 @@ class Loop:
             desc="rgrl",
             unit="step",
         ) as bar:
+            self.run.tell = bar.set_postfix_str
             if self.run.evaluators and self.progress.step == 0:
                 self.tracker.log(0, self.evaluate() | self.clock.seconds)
                 self.clock = Clock()
@@ -222,6 +222,7 @@ class Loop:
                 result = evaluator(self.run.generate, self.progress.step)
                 self.tracker.table(self.progress.step, evaluator.name, result.rows)
                 metrics |= result.metrics
+        self.run.tell("")
         return metrics
 
 
@@ -279,7 +280,10 @@ def evaluate(config: Config) -> Evaluation:
     """
     # Nothing is trained, so nothing has to be known about what guidance is worth.
     run = open_checkpoint(replace(config, guidance=replace(config.guidance, probe_prompts=0)))
-    results = [evaluator(run.generate, 0) for evaluator in run.evaluators]
+    shown = run.accelerator.is_main_process
+    with tqdm(bar_format="rgrl: {desc} [{elapsed}]", disable=not shown, leave=False) as bar:
+        run.tell = bar.set_description_str
+        results = [evaluator(run.generate, 0) for evaluator in run.evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     return Evaluation(metrics, [row for result in results for row in result.rows])
 
@@ -316,4 +320,6 @@ def open_checkpoint(config: Config) -> Run:
     if folder is not None:
         check_model(folder, run.policy)
         load_adapter(folder, run.policy)
+    if run.accelerator.is_main_process:
+        inform(f"{what_runs(run)}\nadapter: {folder if folder is not None else 'none, the base model'}")
     return run

@@ -49,17 +49,19 @@ class HeldOut:
     judge: ClassifierReward | None
     prompts: Prompts
     guidance_at: Callable[[int], Guidance | None]
+    tell: Callable[[str], None]  # shows a few words beside the bar
     name: str = "eval"
 
     def __call__(self, generate: Generate, step: int) -> Evaluation:
         """The evaluation, over all ranks."""
-        guidance, policy = self.guidance_at(step), self.policy
-        mine = range(self.accelerator.process_index, len(self.prompts), self.accelerator.num_processes)
+        guidance, policy, total = self.guidance_at(step), self.policy, len(self.prompts)
+        mine = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         rollout = self.config.rollout
         size = rollout.micro_batch or max(8, self.config.run.prompts_per_device * rollout.num_generations)
         gathered = Gathered(torch.zeros(3, device=policy.device, dtype=torch.float64))
         with policy.forward_passes():
             for start in range(0, len(mine), size):
+                self.tell(f"evaluating {start * self.accelerator.num_processes}/{total}")
                 self._unguided(generate, list(mine[start : start + size]), gathered)
                 probe = [i for i in mine[start : start + size] if i < self.config.guidance.probe_prompts]
                 if guidance is not None and probe:

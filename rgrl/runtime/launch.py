@@ -9,6 +9,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from rgrl.config import Config
+from rgrl.console import warn
 from rgrl.errors import ConfigError
 
 _YES = ("1", "true", "yes", "on")
@@ -117,7 +118,25 @@ def join_processes(config: Config) -> Accelerator:
             f"{started} processes were started but Accelerate joined {accelerator.num_processes}: without GPUs, set "
             "ACCELERATE_USE_CPU=true"
         )
+    if accelerator.is_main_process and (problem := left_out(os.environ, started)) is not None:
+        warn(problem)
     return accelerator
+
+
+def left_out(environ: Mapping[str, str], joined: int) -> str | None:
+    """A warning where more processes seem to have been asked for than joined; None otherwise."""
+    # Accelerate's launcher names a meeting place for as many as were asked for; without GPUs it then starts only one.
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ
+    if by_accelerate and "WORLD_SIZE" not in environ and joined == 1:
+        return (
+            "`accelerate launch` was asked for several processes and has started one: on CPUs it starts several only "
+            "with --config_file launch/cpu.yaml"
+        )
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        asked = environ.get(name, "")
+        if asked.isdecimal() and int(asked) > joined:
+            return f"{name} is {asked}, but this run has {joined}: processes join by WORLD_SIZE, as in launch/slurm.sh"
+    return None
 
 
 def is_main_process() -> bool:

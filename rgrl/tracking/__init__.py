@@ -90,6 +90,10 @@ class Tracker:
         self._note_lines()
         return done
 
+    def destinations(self) -> str:
+        """Where the other sinks send the record. A sink may say so in an attribute `where`."""
+        return ", ".join(f"{name} {getattr(sink, 'where', 'on')}" for name, sink in self._sinks.items())
+
     def close(self) -> None:
         """End the other sinks' runs."""
         for name, sink in list(self._sinks.items()):

@@ -17,6 +17,9 @@ class WandbSink:
     def __init__(self, config: Config) -> None:
         self.folder = Path(config.run.output_dir)
         self.run = _start(config, self.folder)
+        self.where = "off"  # how its own settings call that: disabled
+        if not self.run.disabled:
+            self.where = f"offline, in {self.folder / 'wandb'}" if self.run.offline else self.run.url
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """Send one step's metrics."""
@@ -38,14 +41,21 @@ class WandbSink:
             warn(f"W&B has not taken everything: send the rest with `wandb sync {self.folder / 'wandb'}/run-*`")
 
 
+def chosen_mode() -> Literal["offline"] | None:
+    """None: as W&B's own settings say; offline where they say nothing and there is no account."""
+    import wandb
+
+    asked = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode not in (None, "online", "shared")
+    return None if asked or wandb.login(prompt=False, verify=False) else "offline"
+
+
 def _start(config: Config, folder: Path) -> Any:
     import wandb
 
     id_file = folder / "wandb_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id)
-    asked = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode not in (None, "online", "shared")
-    mode: Literal["offline"] | None = None if asked or wandb.login(prompt=False, verify=False) else "offline"
+    mode = chosen_mode()
 
     def begin(mode: Literal["offline"] | None) -> Any:
         return wandb.init(

@@ -16,13 +16,13 @@ LAYERS = [
     {"runtime", "checkpoint"},
     {"evaluation"},
     {"setup"},
-    {"step"},
+    {"step", "header"},
     {"trainer"},
     {"cli"},
 ]
 PURE = {"rollout", "algo"}  # plain torch: models and rewards arrive as arguments
 PURE_MAY_USE = PURE | {"types", "config", "errors", "plugins", "seeds"}
-MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "step", "trainer"}
+MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "step", "header", "trainer"}
 
 
 def part_of(module):

@@ -58,7 +58,8 @@ def test_wandb_goes_offline_without_account_or_terminal(tiny, tmp_path):
     env = {k: v for k, v in ENV.items() if not k.startswith(("WANDB_", "XDG_", "NETRC"))}
     config = write(tiny, tmp_path)
     printed = finish(start(TRAIN, "--config", config, env=env | {"HOME": str(tmp_path / "home")})).lower()
-    assert not [word for word in ("api key", "choice", "log in", "login") if word in printed], printed
+    assert not [word for word in ("api key", "choice", "log in", "login", "wandb: ") if word in printed], printed
+    assert f"| w&b offline, in {tmp_path / 'run' / 'wandb'}".lower() in printed
     [folder] = (tmp_path / "run" / "wandb").glob("offline-run-*")
     run_id = (tmp_path / "run" / "wandb_id.txt").read_text()
     assert (folder / f"run-{run_id}.wandb").stat().st_size > 1000

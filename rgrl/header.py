@@ -1,0 +1,70 @@
+"""What a command says before it begins: where it runs, what it trains, how much a step is, where the records go."""
+
+import torch
+from accelerate import Accelerator
+
+import rgrl
+from rgrl.algo.corrections import exact
+from rgrl.config import Config
+from rgrl.models import Policy
+from rgrl.models.lora import adapter_parameters
+from rgrl.setup import Run
+
+
+def header(run: Run, first_step: int, records: str) -> list[str]:
+    """The lines before the first step of a run. `records` says where they go besides the output folder."""
+    config, last_step = run.config, run.config.run.steps
+    steps = f"steps {first_step} ... {last_step}" if first_step <= last_step else f"all {last_step} steps are done"
+    lines = [
+        what_runs(run),
+        f"{a_step(config, run.accelerator.num_processes)} | {steps}",
+        f"{config.run.output_dir} | {records or 'W&B off'}",
+    ]
+    if config.objective.correction != "none" and config.guidance.kind != "none":
+        kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/algo/corrections.py)"
+        lines.append(f"correcting for guidance: the ratio of a whole completion is {kind}")
+    return lines
+
+
+def what_runs(run: Run) -> str:
+    """Version, processes and policy, in one line."""
+    return f"rgrl {rgrl.__version__} | {processes(run.accelerator)} | {policy(run.policy, run.config)}"
+
+
+def processes(accelerator: Accelerator) -> str:
+    """How many, and on what."""
+    device, n = accelerator.device, accelerator.num_processes
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    each = "" if device.type == "cuda" else f" ({count(torch.get_num_threads(), 'thread')}{' each' if n > 1 else ''})"
+    return f"{count(n, 'process', 'processes')} on {on}{each}"
+
+
+def policy(model: Policy, config: Config) -> str:
+    """The policy's family and size, and how much of it is trained."""
+    trained = sum(p.numel() for p in adapter_parameters(model).values())
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    dtype = "" if config.model.dtype == "float32" else f" in {config.model.dtype}"
+    size = f"{short(frozen)} parameters{dtype}, {short(trained)} trainable (LoRA r {config.lora.r})"
+    return f"policy {model.family.name}, {size}"
+
+
+def a_step(config: Config, n: int) -> str:
+    """The rows of a step over all processes, and how many of them are guided."""
+    P, G, kind = config.run.prompts_per_device, config.rollout.num_generations, config.guidance.kind
+    rows = f"{n} x {P} prompts x {G}" if n > 1 else f"{P} prompts x {G}"
+    share = round(config.guidance.share * G) / G if kind != "none" else 0.0
+    guided = f"{100 * share:.0f} % guided" + (f" by {kind}" if share else "")
+    return f"{n * P * G} rows a step ({rows} completions), {guided}"
+
+
+def count(n: int, one: str, many: str | None = None) -> str:
+    """A number and its noun."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def short(n: int) -> str:
+    """A number with a unit: 5.2M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.1f}".removesuffix(".0") + unit
+    return str(n)
