@@ -1,20 +1,8 @@
-"""Sample: python recipes/sample.py --config recipes/NAME/FILE.yaml [--section.key value ...]
+"""`rgrl sample` as a script: python recipes/sample.py --config FILE [--section.key VALUE ...]"""
 
-Completions of the eval prompts, one JSON line each with its reward, guided as `guidance` says, best of G first.
-With --run.resume_from_checkpoint latest (or a folder) the trained adapter writes them, otherwise the base model.
-"""
+import sys
 
-import json
-
-from rgrl.cli import run
-from rgrl.config import Config
-from rgrl.trainer import sample
-
-
-def main(config: Config) -> None:
-    for row in sample(config):
-        print(json.dumps(row, ensure_ascii=False))
-
+from rgrl.cli import main
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    main(["sample", *sys.argv[1:]])

@@ -1,19 +1,8 @@
-"""Train: accelerate launch recipes/train.py --config recipes/NAME/FILE.yaml [--section.key value ...]"""
+"""`rgrl train` as a script: accelerate launch recipes/train.py --config FILE [--section.key VALUE ...]"""
 
-from rgrl.cli import run
-from rgrl.config import Config
-from rgrl.runtime.launch import is_main_process
-from rgrl.tracking import report
-from rgrl.trainer import train
+import sys
 
-
-def main(config: Config) -> None:
-    output = train(config)
-    if is_main_process():
-        print("\n" + report.summary(output))
-        print("\n" + report.before_and_after(output))
-        print(f"\nplot: {report.plot(output)}\nadapter: {output / 'checkpoints'}")
-
+from rgrl.cli import main
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    main(["train", *sys.argv[1:]])

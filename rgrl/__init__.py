@@ -3,7 +3,7 @@
 The Python API, loaded when it is first used:
 
     config = rgrl.load_config("recipes/reviews/rgrl.yaml", ["--run.steps", "10"])
-    folder = rgrl.train(config)                   # what `recipes/train.py` does
+    folder = rgrl.train(config)                   # what `rgrl train` does
     metrics = rgrl.evaluate(config).metrics
 
     policy = rgrl.load_policy("recipes/reviews/policy")

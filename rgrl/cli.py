@@ -1,48 +1,291 @@
-"""What the commands in recipes/ share: arguments, and errors as one line and an exit code.
+"""The command line: `rgrl COMMAND ...`, `python -m rgrl COMMAND ...` and recipes/*.py all come here.
 
-0: done. 2: bad input. 75: stopped on request, all saved, to be resumed. 1: anything else. `torchrun` and `accelerate
-launch` turn every code but 0 into 1.
+Exit codes. 0: done. 2: bad input, said in one line. 75: stopped on request, all saved, to be resumed. 1: anything else.
+`torchrun` and `accelerate launch` turn every code but 0 into 1.
+
+Nothing heavy is imported before a command needs it: help, the schema and bad settings are answered at once.
 """
 
 import argparse
+import difflib
+import inspect
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-import transformers
-from torch.distributed.elastic.multiprocessing.errors import record
+import rgrl
+from rgrl.console import say, warn
+from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 
-from rgrl.config import Config, load_config
-from rgrl.errors import ConfigError, RunStoppedError
+if TYPE_CHECKING:
+    from rgrl.config import Config
+
+WITH_SETTINGS = "--config FILE [--section.key VALUE ...]"
+MORE = """\
+`rgrl COMMAND --help` says more; after train, sample or evaluate it lists every setting. To choose devices or start
+several processes: accelerate launch --config_file FILE -m rgrl train --config FILE ..."""
 
 
-def run(command: Callable[[Config], object], description: str) -> None:
-    """Parse `--config FILE [--section.key value ...]`, call `command`, and turn its errors into exit codes."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="any setting of rgrl/config/schema.py can follow as --section.key value",
-        allow_abbrev=False,
+def main(words: list[str] | None = None) -> None:
+    """Run the command that the words (those of the command line by default) name. Exits with a code unless it is 0."""
+    name, *rest = (sys.argv[1:] if words is None else words) or [""]
+    with exit_codes():
+        if name in ("-h", "--help"):
+            say(usage())
+        elif name == "--version":
+            say(f"rgrl {rgrl.__version__}")
+        elif name in COMMANDS:
+            COMMANDS[name][1](rest)
+        elif name:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            did_you_mean = f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command {name!r}{did_you_mean}")
+        else:
+            print(usage(), file=sys.stderr)
+            sys.exit(2)
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    listed = "\n".join(
+        f"{f'  rgrl {name} {arguments}'.rstrip()}\n      {summary(command)}"
+        for name, (arguments, command) in COMMANDS.items()
     )
-    parser.add_argument("--config", required=True, help="YAML file with the settings")
-    known, overrides = parser.parse_known_args()
-    sys.path.append(os.getcwd())  # for a recipe's own rewards; last, so that nothing there hides a library
-    transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    main = os.environ.get("RANK", "0") == "0"
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one line a machine: the error may be one machine's
+    return f"rgrl {rgrl.__version__}: post-train masked diffusion language models with rewards\n\n{listed}\n\n{MORE}"
+
+
+def summary(command: Callable[[list[str]], None]) -> str:
+    """What a command does: the first line of its docstring."""
+    return (inspect.getdoc(command) or "").partition("\n")[0].removesuffix(".")
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+def train(words: list[str]) -> None:
+    """Train, or resume, the run that the settings describe.
+
+    It ends with a table, samples and a plot. To resume: --run.resume_from_checkpoint latest, or a folder.
+    """
+
+    def command(config: "Config") -> None:
+        from rgrl.runtime.launch import is_main_process
+        from rgrl.tracking import report
+        from rgrl.trainer import train
+
+        output = train(config)
+        if is_main_process():
+            try:
+                plotted = report.plot(output)
+            except OSError as error:  # the run itself is saved
+                plotted = None
+                warn(f"the plot cannot be written: {error}")
+            say("\n" + report.as_text(output, plotted))
+
+    with_settings(train, command, words)
+
+
+def sample(words: list[str]) -> None:
+    """Print completions of the eval prompts with their rewards, as JSON lines.
+
+    They are guided as `guidance` says, the best of each group first. With --run.resume_from_checkpoint latest (or a
+    folder) the trained adapter writes them, otherwise the base model.
+    """
+
+    def command(config: "Config") -> None:
+        from rgrl.trainer import sample
+
+        for row in sample(config):
+            say(json.dumps(row, ensure_ascii=False))
+
+    with_settings(sample, command, words)
+
+
+def evaluate(words: list[str]) -> None:
+    """Print the metrics of unguided completions of the eval prompts, as JSON.
+
+    They are of the adapter that --run.resume_from_checkpoint names (latest, or a folder), of the base model without it.
+    """
+
+    def command(config: "Config") -> None:
+        from rgrl.runtime.launch import is_main_process
+        from rgrl.trainer import evaluate
+
+        result = evaluate(config)
+        if is_main_process():
+            say(json.dumps(result.metrics, indent=2))
+
+    with_settings(evaluate, command, words)
+
+
+def report(words: list[str]) -> None:
+    """Show table, samples and plot of a run, finished or not.
+
+    Nothing of the run is changed but its reward.png, so one that is still going can be looked at too.
+    """
+    parser = parser_of(report)
+    parser.add_argument("run", metavar="RUN", type=Path, help="its output folder (`run.output_dir`)")
+    parser.add_argument("--output", metavar="FILE.png", type=Path, help="the plot's file, instead of RUN/reward.png")
+    given = parser.parse_args(words)
+    from rgrl.tracking.report import as_text, check, plot, state
+
+    path = given.output if given.output is not None else given.run / "reward.png"
+    if path.suffix != ".png":
+        raise ConfigError(f"--output {path}: expected a name that ends with .png")
+    check(given.run)
+    try:
+        plotted = plot(given.run, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): name a file with --output") from error
+    say(f"{state(given.run)}\n\n{as_text(given.run, plotted)}")
+
+
+def schema(words: list[str]) -> None:
+    """Write the JSON Schema of the settings, for editors and other programs."""
+    parser = parser_of(schema)
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write it here instead of printing it")
+    given = parser.parse_args(words)
+    from rgrl.config.describe import json_schema
+
+    text = json.dumps(json_schema(), indent=2)
+    if given.output is None:
+        say(text)
+        return
+    try:
+        given.output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {given.output} cannot be written: {error.strerror}") from error
+
+
+def doctor(words: list[str]) -> None:
+    """Show versions, devices and disks, and train a tiny model for a few seconds.
+
+    The self-test writes, trains, saves and resumes in a temporary folder. Exit code 1 if it fails.
+    """
+    parser_of(doctor).parse_args(words)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"the self-test runs in one process, and {processes} were started")
+    quiet_libraries()
+    from rgrl.doctor import facts, self_test
+
+    for fact in facts():
+        say(fact)
+    problem, seconds = self_test()
+    say(f"self-test: {'passed' if problem is None else 'failed'} in {seconds:.1f} s{f': {problem}' if problem else ''}")
+    if problem is not None:
+        sys.exit(1)
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "train": (WITH_SETTINGS, train),
+    "sample": (WITH_SETTINGS, sample),
+    "evaluate": (WITH_SETTINGS, evaluate),
+    "report": ("RUN [--output FILE.png]", report),
+    "schema": ("[--output FILE]", schema),
+    "doctor": ("", doctor),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+def with_settings(does: Callable[[list[str]], None], call: Callable[["Config"], object], words: list[str]) -> None:
+    """Call `call` with the settings that the words name, or print the help of the command `does`."""
+    given = split(words)
+    if given is not None:
+        run(call, *given)
+        return
+    from rgrl.config.describe import settings_help
+
+    say(f"usage: rgrl {does.__name__} {WITH_SETTINGS}\n\n{inspect.getdoc(does)}\n\n{settings_help()}")
+
+
+def split(words: list[str]) -> tuple[str, list[str]] | None:
+    """The file after --config, and all other words as they are; None where they ask for help. Raises `ConfigError`."""
+    path, overrides, queue = None, [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if word in ("-h", "--help"):
+            return None
+        if word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        elif word == "--config":
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError("--config needs a file")
+            path = queue.pop(0)
+        else:
+            overrides.append(word)
+            if word.startswith("--") and "=" not in word and queue and not queue[0].startswith("--"):
+                overrides.append(queue.pop(0))  # its value, which may look like an option: -1e-4, -h
+    if path is None:
+        raise ConfigError("--config FILE is missing: name a YAML file with the settings")
+    return path, overrides
+
+
+def run(call: Callable[["Config"], object], path: str, overrides: list[str]) -> None:
+    """Call `call` with the settings in the file at `path` under the overrides; its errors become exit codes."""
+    from rgrl.config import load_config
+
+    with exit_codes():
+        config = load_config(path, overrides)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    quiet_libraries()
+    working_folder_last()
 
     @record  # so that a launcher shows the traceback of the rank that failed first
     def go() -> None:
-        try:
-            command(load_config(known.config, overrides))
-        except ConfigError as error:
-            if error.on_one_rank or first:
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        except RunStoppedError as stopped:
-            if main:
-                print(f"stopped: {' '.join(str(stopped).split())}", file=sys.stderr)
-            sys.exit(stopped.code)
+        with exit_codes():
+            call(config)
 
     go()
+
+
+def working_folder_last() -> None:
+    """Let a user's own rewards be found beside the run, where nothing hides a library; `python -m` puts it first."""
+    here = os.getcwd()
+    sys.path[:] = [path for path in sys.path if path not in ("", here)] + [here]
+
+
+def quiet_libraries() -> None:
+    """Turn off what libraries say about things that are decided here."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+# ------------------------------------------------------------------------------------------ errors and arguments
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors that a user can act on into one line and an exit code."""
+    try:
+        yield
+    except ConfigError as error:
+        # One line a machine: the error may be one machine's.
+        if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RunStoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            kind = "" if stopped.code == REQUEUE else "error: "  # the first is no error, and says itself what it is
+            print(f"{kind}{' '.join(str(stopped).split())}", file=sys.stderr)
+        sys.exit(stopped.code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def parser_of(command: Callable[[list[str]], None]) -> Parser:
+    """A parser that introduces itself by the command's docstring."""
+    return Parser(
+        prog=f"rgrl {command.__name__}",
+        description=inspect.getdoc(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )

@@ -54,7 +54,7 @@ class Command:
         path = self.folder / "config.yaml"
         if not self.missing:
             path.write_text(self.text if self.text is not None else yaml.safe_dump(self.config))
-        return ["train.py", "--config", str(path), *self.arguments]
+        return ["--config", str(path), *self.arguments]
 
     def resume(self, **changes: object) -> None:
         """Go on in a copy of the finished run, with some settings changed."""
@@ -405,14 +405,14 @@ def case(tiny, tmp_path, finished, monkeypatch) -> Command:
 
 
 @pytest.fixture
-def refuse(monkeypatch, capfd) -> Callable[..., list[str]]:
+def refuse(capfd) -> Callable[..., list[str]]:
     """Runs a command in this process, which must exit with code 2. Returns the lines on stderr."""
 
     def call(case: Command, main: Callable[[Config], object] = train) -> list[str]:
-        monkeypatch.setattr(sys, "argv", case.words())
+        _, path, *overrides = case.words()
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            run(main, "train")
+            run(main, path, overrides)
         assert exit_.value.code == 2
         return capfd.readouterr().err.splitlines()
 
@@ -483,7 +483,7 @@ def test_command_prints_no_traceback(tiny, finished, tmp_path):
         case = Command(copy.deepcopy(tiny), folder, finished)
         case.put("run.output_dir", str(folder / "run"))
         change(case)
-        started.append((start(TRAIN, *case.words()[1:], **environ), case.output, contents(case.output), words))
+        started.append((start(TRAIN, *case.words(), **environ), case.output, contents(case.output), words))
     for process, output, before, words in started:
         [message] = finish(process, 2).splitlines()
         assert message.startswith("error: ") and words in message

@@ -18,7 +18,9 @@ LAYERS = [
     {"setup"},
     {"step", "header"},
     {"trainer"},
+    {"doctor"},
     {"cli"},
+    {"__main__"},
 ]
 PURE = {"rollout", "algo"}  # plain torch: models and rewards arrive as arguments
 PURE_MAY_USE = PURE | {"types", "config", "errors", "plugins", "seeds"}
@@ -124,6 +126,10 @@ def run(code):
 
 def test_settings_and_the_package_itself_import_without_torch():
     run("import sys, rgrl, rgrl.config; assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)")
+
+
+def test_the_command_line_itself_imports_next_to_nothing():
+    run("import sys, rgrl.cli; assert not {'torch', 'transformers', 'pydantic', 'pyarrow'} & set(sys.modules)")
 
 
 def test_core_imports_without_datasets_and_wandb():
