@@ -2,7 +2,7 @@
 .PHONY: run check test slow golden
 
 run:
-	accelerate launch --cpu --num_processes 1 recipes/train.py --config recipes/reviews/rgrl.yaml
+	accelerate launch --config_file launch/one_cpu.yaml -m rgrl train --config recipes/reviews/rgrl.yaml
 
 check:
 	pre-commit run --all-files

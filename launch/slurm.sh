@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster, one process a GPU, and go on by itself after preemption or the time limit:
 #   CONFIG=recipes/mine/rgrl.yaml OUTPUT_DIR=/shared/runs/mine sbatch --nodes 4 launch/slurm.sh [--section.key value ...]
-# Run it from the root of a clone that all nodes see, in an environment that has rgrl. Options on sbatch's command line
-# replace those below.
+# Run it in an environment that has rgrl, from a folder that all nodes see: paths in CONFIG, and modules with rewards of
+# your own, are looked up there. Options on sbatch's command line replace those below.
 #SBATCH --job-name=rgrl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -37,7 +37,7 @@ code=0
 # take the others with it: the main one may still be saving, and without one of theirs they end after their time limit.
 # shellcheck disable=SC2016 # each task expands its own
 srun --kill-on-bad-exit=0 bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec python "$@"' task \
-  recipes/train.py --config "$CONFIG" --run.output_dir "$OUTPUT_DIR" --run.resume_from_checkpoint auto "$@" || code=$?
+  -m rgrl train --config "$CONFIG" --run.output_dir "$OUTPUT_DIR" --run.resume_from_checkpoint auto "$@" || code=$?
 if ((code == REQUEUE_CODE)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

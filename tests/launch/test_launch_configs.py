@@ -12,11 +12,12 @@ from processes import ENV, TRAIN, finish, free_port, launch_file, start
 from training import adapter, saved, untimed, write
 
 from rgrl.errors import ConfigError
-from rgrl.runtime.launch import check_launch, shard_size
+from rgrl.runtime.launch import check_launch, left_out, shard_size
 
 LAUNCH = REPO / "launch"
 CONFIGS = {  # name -> (Accelerate's type, processes, what starts two processes of it on this machine)
     "cpu": ("MULTI_GPU", 2, []),
+    "one_cpu": ("NO", 1, []),
     "one_gpu": ("NO", 1, []),
     "ddp": ("MULTI_GPU", 8, ["--num_processes", "2"]),
     "fsdp2": ("FSDP", 8, ["--num_processes", "2"]),
@@ -40,15 +41,16 @@ def test_every_config_of_one_machine_trains_to_the_same_adapter(tiny, tmp_path):
     for name, (_, _, words) in CONFIGS.items():
         if words is None:
             continue
-        processes = 1 if name == "one_gpu" else 2
+        processes = 1 if name.startswith("one_") else 2
         tiny["run"] |= {"output_dir": str(tmp_path / name), "prompts_per_device": 4 // processes}
         finish(start(TRAIN, "--config", write(tiny, tmp_path), launcher=launch_file(name, *words)))
         left[name] = tmp_path / name
     assert adapter(left["cpu"], 2) == adapter(left["ddp"], 2) == adapter(left["fsdp2"], 2)
-    one, two = untimed(left["one_gpu"]), untimed(left["cpu"])
-    assert [line["num_tokens"] for line in one] == [line["num_tokens"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    two = untimed(left["cpu"])
+    for one in (untimed(left["one_cpu"]), untimed(left["one_gpu"])):
+        assert [line["num_tokens"] for line in one] == [line["num_tokens"] for line in two]
+        for a, b in zip(one, two, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -91,6 +93,24 @@ def test_weights_are_shared_within_a_machine():
         shard_size(ACCELERATE, 1)
     with pytest.raises(ConfigError, match="equally many"):
         shard_size(ACCELERATE | {"LOCAL_WORLD_SIZE": "3"}, 4)
+
+
+@pytest.mark.parametrize(
+    ("environ", "joined", "asked"),
+    [
+        ({}, 1, None),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 2, None),
+        ({"MASTER_PORT": "1"}, 1, None),  # some cluster's profile
+        ({"MASTER_PORT": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1, "launch/cpu.yaml"),
+        ({"SLURM_NTASKS": "8"}, 8, None),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16"}, 16, None),  # a launcher on each of two machines
+        ({"SLURM_NTASKS": "8"}, 1, "SLURM_NTASKS is 8"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, 1, "OMPI_COMM_WORLD_SIZE is 4"),
+    ],
+)
+def test_processes_that_were_asked_for_and_did_not_join_are_noticed(environ, joined, asked):
+    warning = left_out(environ, joined)
+    assert warning is None if asked is None else asked in warning
 
 
 # ---------------------------------------------------------------------------------------------------------- Slurm

@@ -13,38 +13,44 @@ from training import go
 from rgrl.config import load_config
 from rgrl.tracking import METRICS, read_metrics
 
-COMMANDS = [
-    line
+LINES = [
+    line.removeprefix("pip install -e . && ")
     for block in re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), re.S)
     for line in block.splitlines()
-    if line.startswith(("accelerate", "python"))
 ]
+COMMANDS = [line.split() for line in LINES if line.startswith(("accelerate", "python", "rgrl"))]
+SHORT = {  # what makes it short, by a word of the command
+    "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
+    "recipes/reviews/price.py": ["--only", "exact", "unguided", "--seeds", "1", "--rounds", "1"],
+    "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1".split(),
+    "--config": ["--run.steps", "1", "--data.eval_prompts", "8"],
+    "report": [],
+}
+
+
+def shortened(words: list[str], folder: Path) -> list[str]:
+    """The command made short, and writing below `folder`; the settings under test stay as they are."""
+    if "--config" in words and "--run.output_dir" not in words:
+        words = [*words, "--run.output_dir", "runs/reviews"]
+    words = [str(folder / word) if word.startswith("runs/") else word for word in words]
+    return [*words, *next(more for key, more in SHORT.items() if key in words)]
 
 
 @pytest.mark.slow
 def test_every_rgrl_command_of_the_readme_runs_in_the_order_given(tmp_path):
-    """Shortened to one step, and writing elsewhere; the settings under test stay as they are."""
     env = {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    assert len(COMMANDS) >= 5
-    short = {
-        "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
-        "recipes/reviews/price.py": ["--only", "exact", "unguided", "--seeds", "1", "--rounds", "1"],
-        "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1 --out".split(),
-    }
+    assert {words[0] for words in COMMANDS} == {"accelerate", "python", "rgrl"} and len(COMMANDS) >= 9
     for command in COMMANDS:
-        words = command.split()
-        if words[1] == "recipes/reviews/compare.py":
-            words += [*short[words[1]], str(tmp_path / "compare")]
-        elif words[1] in short:
-            words += short[words[1]]
-        else:
-            if "--run.output_dir" not in words:
-                words += ["--run.output_dir", str(tmp_path / "run")]
-            at = words.index("--run.output_dir") + 1
-            words[at] = str(tmp_path / words[at])
-            words += ["--run.steps", "1", "--data.eval_prompts", "8"]
+        words = shortened(command, tmp_path)
         done = subprocess.run(words, cwd=REPO, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        assert done.returncode == 0, f"{words}\n{done.stderr[-2000:]}"
+
+
+def test_the_set_up_is_two_commands_of_one_line():
+    readme = (REPO / "README.md").read_text()
+    marked = re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.*?)```", readme, re.S)
+    assert [name for name, _ in marked] == ["quickstart", "tests"]
+    assert all(re.fullmatch(r"pip install -e \S+ && .+\n", command) for _, command in marked)
 
 
 def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
