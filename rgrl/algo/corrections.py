@@ -46,7 +46,11 @@ def exact(config: Config) -> bool:
     """Whether the product of c over a row is the exact ratio of the guided and the unguided trajectory.
 
     The unmasking order must ignore sampled tokens and guidance, and every token in the policy's support must be inside
-    the guided support. Truncating the steered logits on their own would break the second condition.
+    the guided support. Truncating the steered logits on their own would break the second condition. Equally confident
+    places break neither: the policy's own logits order them (rgrl/rollout/select.py).
+
+    Nor do blocks with a cache: both log-probabilities are then those of a sampler that reads its cache. But no
+    estimator does, so the corrected gradient is the on-policy one only with `rollout.block_cache: false`.
     """
     r, g = config.rollout, config.guidance
     own = r.confidence_from == "policy"

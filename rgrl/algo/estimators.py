@@ -218,8 +218,9 @@ def _rank(u_KBC: Tensor, among_BC: Tensor) -> Tensor:
 def draw_trajectory(rollout: Rollout, config: ObjectiveConfig, generators: Sequence[torch.Generator]) -> NoiseDraw:
     """Evaluate each token on the canvas at the start of its step; `config.trajectory_steps` steps share a canvas.
 
-    With one step a canvas this is the denoising Markov chain's own log-probability, exactly. No noise. (TraceRL, arXiv
-    2509.06949, section 4.2.) Includes all tokens committed while the row was open, also those after its end.
+    With one step a canvas this is the denoising Markov chain's own log-probability, exactly, in blocks if
+    `rollout.block_cache` is false: a cached prefix is older than the canvas. No noise. (TraceRL, arXiv 2509.06949,
+    section 4.2.) Includes all tokens committed while the row was open, also those after its end.
     """
     group_BC = rollout.unmask_step_BC // config.trajectory_steps
     count_BC = rollout.decided_BC
@@ -250,7 +251,8 @@ def draw_block_bounds(rollout: Rollout, config: ObjectiveConfig, generators: Seq
 
     Blocks of `config.block_length` tokens (0: the whole completion) are written from left to right, and which of a
     row's m blocks is read is uniform, so the weight has a factor m. The mean over `config.draws` canvases. The sum of
-    the lower bound has the evidence lower bound of that order as its mean (SPG, arXiv 2510.09541, section 3.3).
+    the lower bound has the evidence lower bound of that order as its mean (SPG, arXiv 2510.09541, section 3.3), for a
+    sampler that reads the whole canvas (`rollout.block_cache: false`).
     """
     K, (_, C) = config.draws, rollout.completion_mask_BC.shape
     mask_BC = rollout.completion_mask_BC

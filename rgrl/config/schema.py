@@ -119,7 +119,8 @@ class RolloutConfig:
     """Only the k most likely tokens; 0 means all. Paper: 50."""
     confidence: Literal["entropy", "maskgit_plus", "topk_margin", "origin"] = "entropy"
     """Which positions to commit first: lowest entropy, most probable sampled token, widest margin between the two
-    best tokens, or at random."""
+    best tokens, or at random. Of equals, such as the many whose nucleus is one token at low temperature, first the one
+    whose best token the policy finds likelier before temperature and nucleus, then the leftmost."""
     confidence_from: Literal["policy", "guided"] = "policy"
     """Whether the confidence is computed from the policy's own logits or the guided ones. With `policy` the unmasking
     order ignores guidance, except with `maskgit_plus`, which uses the probability of the sampled token."""
@@ -134,8 +135,12 @@ class RolloutConfig:
     """Approximation: a step also commits every position whose best token has a probability above this, which
     takes fewer steps (Fast-dLLM, arXiv 2505.22618). 1 turns it off."""
     block_length: Annotated[Whole, Ge(0), Le(10**6)] = 0
-    """Approximation: generate this many tokens at a time from left to right, and recompute the keys and values of what
-    precedes them only when a block begins (Fast-dLLM, arXiv 2505.22618). 0 turns it off."""
+    """Write this many tokens at a time, block by block from left to right (semi-autoregressive remasking, LLaDA, arXiv
+    2502.09992). 0: the whole completion at once."""
+    block_cache: Flag = True
+    """With `block_length`: an approximation that recomputes the keys and values of what precedes a block only when it
+    begins (Fast-dLLM, arXiv 2505.22618). False: every step reads the whole canvas, as LLaDA's authors do; takes longer,
+    and the recorded log-probabilities are those that the `trajectory` estimators compute."""
 
     def __post_init__(self) -> None:
         C, T, block = self.max_completion_length, self.steps, self.block_length
@@ -199,7 +204,8 @@ class ObjectiveConfig:
     """Number of random canvases (`elbo`, `block_bounds`), pairs of them (`coupled`, `sequence_elbo`), quadrature nodes
     (`quadrature`) or steps (`trajectory_sampled`) per estimate."""
     trajectory_steps: Annotated[Whole, Ge(1), Le(MANY)] = 1
-    """`trajectory`, `trajectory_sampled`: denoising steps that share a canvas; 1 is exact, more is cheaper."""
+    """`trajectory`, `trajectory_sampled`: denoising steps that share a canvas; 1 is exact (in blocks: with
+    `rollout.block_cache: false`), more is cheaper."""
     block_length: Annotated[Whole, Ge(0), Le(MANY)] = 0
     """`block_bounds`: tokens of a block; 0 is the whole completion."""
     upper_power: Annotated[Number, Ge(1), Le(1000)] = 1.5

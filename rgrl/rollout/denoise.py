@@ -14,7 +14,7 @@ from rgrl.config import RolloutConfig
 from rgrl.rollout.guidance import Guide, Hidden, steer
 from rgrl.rollout.sampling import Support, draw_uniform, support_of
 from rgrl.rollout.schedule import Window, write_schedule
-from rgrl.rollout.select import confidence, most_confident, spread
+from rgrl.rollout.select import certainty, confidence, most_confident, spread
 from rgrl.types import PrefixCache, Rollout
 
 
@@ -173,7 +173,8 @@ class MaskedLogits:
     """The policy's logits at hidden places, with the forward passes that can be spared left out."""
 
     def __init__(self, policy: DiffusionLM, canvas: Canvas, config: RolloutConfig) -> None:
-        self.policy, self.canvas, self.blocks = policy, canvas, bool(config.block_length)
+        self.policy, self.canvas = policy, canvas
+        self.cached = config.block_length > 0 and config.block_cache
         self.prefix = PrefixCache(0)
         # The rows of a group start identical, so the first step needs one forward pass for each group.
         self.row_U, self.group_B = first_occurrences(torch.cat([canvas.tokens_BL, canvas.attention_BL], 1))
@@ -194,7 +195,7 @@ class MaskedLogits:
             logits_NV = self.policy.logits(tokens_BL[self.row_U], attention_BL[self.row_U], at_UC.flatten())
             return logits_NV.unflatten(0, at_UC.shape)[self.group_B].flatten(0, 1)
         at_N = places.row_N * L + width + places.place_N
-        if not self.blocks:
+        if not self.cached:
             return self.policy.logits(tokens_BL[canvas.rows_A], attention_BL[canvas.rows_A], at_N)
         if window.hidden == window.end - window.first or t == 1:  # a new block, or the first pass over every row
             self.prefix = PrefixCache(width + window.first - 1)  # the state before the block scores its first token
@@ -239,9 +240,9 @@ def denoise(
     """Unmask C tokens after each left-padded prompt in T steps (EntRGi, arXiv 2602.05000, algorithm 1).
 
     Each step takes the policy's logits at the hidden positions, steers them if `guide` is given, samples every hidden
-    position and commits the k most confident of each row, k from the linear schedule. The rollout records the step of
-    each token and its log-probability under the guided (behaviour) and the policy's own tempered, truncated
-    distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
+    position and commits the k most confident of each row (ties: select.py), k from the linear schedule. The rollout
+    records the step of each token and its log-probability under the guided (behaviour) and the policy's own tempered,
+    truncated distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
     """
     B, C, noise = len(prompt_BL), config.max_completion_length, noise.to(prompt_BL.device)
     canvas = Canvas.start(prompt_BL, attention_BL, config, policy.mask_id)
@@ -249,8 +250,6 @@ def denoise(
     # Asking a GPU for a value makes it wait, so there rows leave only where `commit_above` asks anyway.
     drops_rows = prompt_BL.device.type == "cpu" or config.commit_above < 1
     for t, window in enumerate(write_schedule(C, config.steps, config.block_length)):
-        if window.commit == 0:
-            continue
         N = len(canvas.rows_A) * window.hidden  # known without asking, if every row hides as many
         if drops_rows and t > 0:
             masked_logits.keep_rows(canvas.drop_finished(policy.is_end))
@@ -260,6 +259,7 @@ def denoise(
         places = canvas.open_places(window.end, N)
         logits_NV = masked_logits(t, window, places)
         own = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
+        certainty_N = certainty(logits_NV, own)  # before steering, which overwrites the logits
         step = SteeredStep(own)
         if guide is not None and guide.steers(t):
             hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], places.hidden_N, canvas.rows_A)
@@ -268,12 +268,13 @@ def denoise(
         token_N = step.support.token(step.support.pick(noise.token_BTC[:, t].flatten()[places.flat_N]))
         order_N = noise.order_BTC[:, t].flatten()[places.flat_N]
         ranked = step.support if config.confidence_from == "guided" else own
-        confidence_N = confidence(ranked, token_N, order_N, config, policy.is_end)
+        rank_2N = confidence(ranked, token_N, order_N, config, policy.is_end), certainty_N
+        confidence_BC, certainty_BC = (spread(rank_N, places.flat_N, B, C, float("-inf")) for rank_N in rank_2N)
         also_BC = None
         if config.commit_above < 1:
             sure_N = ranked.logp(ranked.best()).exp() > config.commit_above
             also_BC = spread(sure_N, places.flat_N, B, C, False)
-        commit_BC = most_confident(spread(confidence_N, places.flat_N, B, C, float("-inf")), window.commit, also_BC)
+        commit_BC = most_confident(confidence_BC, certainty_BC, window.commit, also_BC)
         logp = step.support.logp(token_N), own.logp(token_N)
         canvas.commit(commit_BC, t, places.flat_N, token_N, logp)
         if stats is not None:

@@ -105,13 +105,15 @@ def test_accumulation_changes_no_number_of_other_objectives(reviews, tmp_path, o
     assert told["calls"]["update"] == 4 * whole[1]["calls"]["update"]
 
 
-def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path):
+@pytest.mark.parametrize("block_cache", [True, False])
+def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path, block_cache):
     rollouts, rows = [], {"prompts_per_device": 8, "eval_steps": 0}
     for micro_batch in (0, 1, 3):
-        sections = {"rollout": {"block_length": 6, "micro_batch": micro_batch, "steps": 12}, "run": rows}
+        blocks = {"block_length": 6, "block_cache": block_cache}
+        sections = {"rollout": blocks | {"micro_batch": micro_batch, "steps": 12}, "run": rows}
         # Unguided, because guidance magnifies the last digits.
         config = resolved(changed(reviews, guidance={"kind": "none"}, **sections), tmp_path)
-        rollouts.append(vars(rollout_step(set_up(config, Accelerator()), 0, Clock()).rollout))
+        rollouts.append(vars(rollout_step(set_up(config, Accelerator()), 1, Clock()).rollout))
     whole, *others = rollouts
     last_B = torch.where(whole["completion_mask_BC"], whole["unmask_step_BC"], -1).amax(1)
     assert (last_B % 6 < 5).sum() >= 2, "no rows that end inside a block"

@@ -143,6 +143,15 @@ def test_blocks_are_written_from_left_to_right_and_spare_the_prompt(dream_dir):
     assert rollout.policy_logp_BC[rollout.completion_mask_BC].isfinite().all()
 
 
+def test_blocks_without_a_cache_read_the_whole_canvas_at_every_step(dream_dir):
+    policy, lengths = load_policy(dream_dir), []
+    policy.causal_lm.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    config = RolloutConfig(max_completion_length=8, steps=8, block_length=4, block_cache=False)
+    rollout = generate(policy, PROMPTS[:4], config)
+    assert (rollout.unmask_step_BC[:, :4] < 4).all() and (rollout.unmask_step_BC[:, 4:] >= 4).all()
+    assert 4 < len(lengths) <= 8 and set(lengths) == {rollout.canvas_BL.shape[1]}
+
+
 @pytest.mark.parametrize(("C", "T", "block"), [(8, 8, 0), (8, 3, 0), (8, 8, 4), (12, 5, 4), (6, 6, 1)])
 def test_the_schedule_writes_every_place_once(C, T, block):
     plan = write_schedule(C, T, block)

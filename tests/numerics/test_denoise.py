@@ -1,5 +1,6 @@
 """The unmasking loop against a slow version of it: loops over steps, rows and positions, plain Python numbers."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from rgrl.config import GuidanceConfig, RolloutConfig
 from rgrl.rewards import load_classifier
 from rgrl.rollout.denoise import DenoiseStats, denoise
 from rgrl.rollout.guidance import Hidden
+from rgrl.rollout.sampling import support_of
 from rgrl.rollout.schedule import commit_schedule
+from rgrl.rollout.select import certainty, most_confident
 from rgrl.types import Prompts
 
 V, MASK, END, C = 12, 11, 7, 6
@@ -114,31 +117,58 @@ def slow_confidence(rule, logp, token, u):
 
 
 class TieError(Exception):
-    """Two positions are equally sure and only one is to be committed: the method doesn't say which."""
+    """Rounding decides which of two positions is committed: they are nearly, but not exactly, equally sure."""
+
+
+def slow_certainty(logits_V, config):
+    """Log-odds of the best token against the other candidates, before temperature and nucleus."""
+    best, *others = sorted(logits_V.tolist(), reverse=True)[: config.top_k if config.top_k > 1 else None]
+    total = sum(math.exp(x - best) for x in others)
+    return -math.log(total) if total > 0 else math.inf
+
+
+def commits(ranked, k):
+    """The k first of [(confidence, certainty, place, ...)]: the most confident, the most certain, the leftmost."""
+    ranked = sorted(ranked, key=lambda item: (-item[0], -item[1], item[2]))
+    if k < len(ranked):
+        last, following = ranked[k - 1], ranked[k]
+        for a, b in zip(last[:2], following[:2], strict=True):
+            if a != b:
+                if math.isclose(a, b, abs_tol=1e-6):
+                    raise TieError
+                break
+    return ranked[:k]
 
 
 def slow_denoise(policy, config, seed, guide, prompts):
-    """Section 1 of the method, with the same random numbers as the loop under test."""
+    """Section 1 of the method, with the same random numbers as the loop under test.
+
+    In blocks of equally many steps, every step with the whole canvas.
+    """
     (prompt_BL, attention_BL), mask_id, is_end = prompts, policy.mask_id, policy.is_end
     B, width = prompt_BL.shape
     T, noise = config.steps, noise_for(config, B, guide, seed)
+    block = config.block_length or C
+    steps_of_block = T * block // C
     canvas = [row + [mask_id] * C for row in prompt_BL.tolist()]
     attention = torch.cat([attention_BL, torch.ones(B, C, dtype=torch.bool)], 1)
     step, behaviour, own = ([[None] * C for _ in range(B)] for _ in range(3))
     for t in range(T):
-        # C (T - t - 1) / T tokens should be hidden after step t, rounded up.
-        hidden_after = -(-C * (T - t - 1) // T)
-        hidden = [[c for c in range(C) if canvas[b][width + c] == mask_id] for b in range(B)]
+        i, s = divmod(t, steps_of_block)
+        end = (i + 1) * block
+        # Of a block of C written in T steps, C (T - s - 1) / T should be hidden after step s, rounded up.
+        hidden_after = -(-block * (steps_of_block - s - 1) // steps_of_block)
+        hidden = [[c for c in range(end) if canvas[b][width + c] == mask_id] for b in range(B)]
         k = len(hidden[0]) - hidden_after
         assert k > 0
         ids = torch.tensor(canvas)
-        policy_NV = guided_NV = policy.logits(ids, attention, (ids == mask_id).flatten().nonzero()[:, 0])
+        at_N = torch.tensor([b * (width + C) + width + c for b in range(B) for c in hidden[b]])
+        policy_NV = guided_NV = policy.logits(ids, attention, at_N)
         if guide is not None:  # test_guidance.py compares this part with a slow version of its own
-            hidden_N = (ids[:, width:] == mask_id).flatten().nonzero()[:, 0]
-            u_MN = torch.stack([u_BC.flatten()[hidden_N] for u_BC in noise.hard_BTMC[:, t].unbind(1)])
-            guided_NV, _ = steered(
-                policy_NV, Hidden(ids[:, width:], hidden_N, torch.arange(B)), guide, config, is_end, u_MN
-            )
+            shown = ids[:, width : width + end]  # guidance sees nothing of later blocks
+            hidden_N = (shown == mask_id).flatten().nonzero()[:, 0]
+            u_MN = torch.stack([u_BC[:, :end].flatten()[hidden_N] for u_BC in noise.hard_BTMC[:, t].unbind(1)])
+            guided_NV, _ = steered(policy_NV, Hidden(shown, hidden_N, torch.arange(B)), guide, config, is_end, u_MN)
         n = 0
         for b in range(B):
             ranked = []
@@ -152,12 +182,10 @@ def slow_denoise(policy, config, seed, guide, prompts):
                 sure -= config.position_temperature * math.log(-math.log(u))
                 if config.defer_eos and is_end(torch.tensor(token)):
                     sure = -math.inf
-                ranked.append((sure, c, token, logp[token], own_logp[token]))
+                certain = slow_certainty(policy_NV[n], config)
+                ranked.append((sure, certain, c, token, logp[token], own_logp[token]))
                 n += 1
-            ranked.sort(key=lambda item: -item[0])
-            if k < len(ranked) and math.isclose(ranked[k - 1][0], ranked[k][0], abs_tol=1e-6):
-                raise TieError
-            for _, c, token, logp, own_logp in ranked[:k]:
+            for _, _, c, token, logp, own_logp in commits(ranked, k):
                 canvas[b][width + c] = token
                 step[b][c], behaviour[b][c], own[b][c] = t, logp, own_logp
     return canvas, step, behaviour, own
@@ -224,18 +252,24 @@ class RowByRow:
         return full_BLV.flatten(0, 1)[at_N]
 
 
-@pytest.mark.parametrize("kind", ["none", "expectation", "aps", "entrgi"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_denoising_with_real_models_equals_the_slow_loop(policy, padded, kind, reward):
+@pytest.mark.parametrize(
+    ("kind", "padded", "blocks"),
+    [
+        *itertools.product(["none", "expectation", "aps", "entrgi"], [False, True], [{}]),
+        ("entrgi", True, {"block_length": 3, "block_cache": False}),
+    ],
+)
+def test_denoising_with_real_models_equals_the_slow_loop(policy, padded, kind, blocks, reward):
+    config = settings(4 if blocks else 3, **blocks)
     texts = PROMPTS[:3] if padded else [PROMPTS[0]] * 3
     prompts = policy.encode([policy.format_prompt(text) for text in texts])
     assert bool(prompts[1].all()) != padded
     guide = None
     if kind != "none":
         guide = reward.guidance(GuidanceConfig(kind=kind, steps=2)).guide(Prompts(texts, [{}] * 3))
-    assert_same(policy, settings(3), guide, RowByRow(policy), prompts)
+    assert_same(policy, config, guide, RowByRow(policy), prompts)
     if guide is not None:  # and it is not that nothing was steered
-        rollout = run(policy, settings(3), guide=guide, prompts=prompts)
+        rollout = run(policy, config, guide=guide, prompts=prompts)
         assert (rollout.behaviour_logp_BC - rollout.policy_logp_BC).abs().max() > 1e-3
 
 
@@ -246,6 +280,104 @@ def test_unguided_denoising_equals_the_slow_loop(rule, defer_eos, steps):
     # End-of-text is likely, so that deferring it changes the order; no truncation here.
     config = settings(steps, temperature=1.3, top_p=1.0, top_k=0, confidence=rule, defer_eos=defer_eos)
     assert_same(Toy(end_bias=1.0), config)
+
+
+@pytest.mark.parametrize("guide", [None, toy_guide("entrgi")], ids=["unguided", "guided"])
+@pytest.mark.parametrize(("steps", "block"), [(4, 3), (6, 2)])
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_that_read_the_whole_canvas_equal_the_slow_loop(rule, steps, block, guide):
+    config = settings(steps, top_k=7, confidence=rule, block_length=block, block_cache=False)
+    assert_same(Toy(), config, guide)
+
+
+def test_a_text_that_ends_inside_a_block_leaves_after_it():
+    # With certainty positions 1, 2 and 4 end the text. Blocks of 3 always write 0, 1 and 2, and nothing else.
+    policy = FixedEnds()
+    rollout = run(policy, settings(block_length=3, block_cache=False, confidence="origin"))
+    open_BC = rollout.unmask_step_BC == C
+    assert open_BC[:, 3:].all() and not open_BC[:, :2].any() and len(policy.rows) <= 3
+    assert (rollout.completion_BC[open_BC] == END).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ ties
+SHARP = {"temperature": 0.1, "top_p": 0.9}  # leaves one token at most places, whose confidences are equal
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7])
+@pytest.mark.parametrize("source", ["policy", "guided"])
+@pytest.mark.parametrize("rule", ["entropy", "maskgit_plus", "topk_margin"])
+def test_equally_confident_places_are_committed_as_in_the_slow_loop(rule, source, top_k, monkeypatch):
+    config, guide = settings(4, **SHARP, top_k=top_k, confidence=rule, confidence_from=source), toy_guide("entrgi")
+    assert_same(Toy(), config, guide)
+    monkeypatch.setitem(globals(), "slow_certainty", lambda *_: 0.0)
+    with pytest.raises(AssertionError):  # it is not that nothing was tied
+        assert_same(Toy(), config, guide)
+
+
+def equal_numbers_reversed(topk):
+    """`torch.topk` as on a device that takes equal numbers in the opposite order."""
+
+    def reversed_topk(x, k, dim=-1, **how):
+        values, index = topk(x.flip(dim), k, dim, **how)
+        return torch.return_types.topk((values, x.shape[dim] - 1 - index))
+
+    return reversed_topk
+
+
+@pytest.mark.parametrize("config", [{}, {"defer_eos": True}, {"commit_above": 0.999}, {"top_k": 0}, {"top_k": 1}])
+def test_no_order_of_equal_numbers_in_topk_changes_a_rollout(config, monkeypatch):
+    config = settings(4, **SHARP | {"top_k": 7} | config)
+    before = run(Toy(end_bias=1.0), config, guide=toy_guide())
+    monkeypatch.setattr(torch.Tensor, "topk", equal_numbers_reversed(torch.Tensor.topk))
+    after = run(Toy(end_bias=1.0), config, guide=toy_guide())
+    for name, value in vars(before).items():
+        assert torch.equal(vars(after)[name], value), name
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_most_confident_by_sorting(k):
+    rng = torch.Generator().manual_seed(k)
+    confidence_BC, certainty_BC = (torch.randint(0, 3, (200, 8), generator=rng).float() for _ in range(2))
+    hidden_BC = torch.rand(200, 8, generator=rng) < 0.7
+    confidence_BC, certainty_BC = (x.masked_fill(~hidden_BC, -math.inf) for x in (confidence_BC, certainty_BC))
+    commit_BC = most_confident(confidence_BC, certainty_BC, k)
+    for b in range(200):
+        ranked = [(confidence_BC[b, c].item(), certainty_BC[b, c].item(), c) for c in range(8) if hidden_BC[b, c]]
+        assert commit_BC[b].nonzero()[:, 0].tolist() == sorted(c for *_, c in commits(ranked, k))
+    also_BC = hidden_BC & (torch.rand(200, 8, generator=rng) < 0.3)
+    assert torch.equal(most_confident(confidence_BC, certainty_BC, k, also_BC), commit_BC | also_BC)
+
+
+def test_places_that_nothing_tells_apart_are_written_from_left_to_right():
+    # The two kinds of place are alike among themselves; ends are deferred, and the first of them ends the text.
+    assert run(FixedEnds(), settings(defer_eos=True)).unmask_step_BC.tolist() == [[0, 3, C, 1, C, 2]] * 3
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 99])
+def test_certainty_is_the_log_odds_of_the_best_token(top_k):
+    logits_NV = 3 * torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    logits_NV[0] = torch.tensor([30.0, *[-30.0] * 8])  # its probability is 1 in float32
+    logits_NV[1] = torch.tensor([0.0, *[-math.inf] * 8])
+    logits_NV[2, 3:5] = 20.0
+    own, config = support_of(logits_NV, 0.1, top_k, 0.9), settings(top_k=top_k)
+    expected = [slow_certainty(logits_V, config) for logits_V in logits_NV]
+    torch.testing.assert_close(certainty(logits_NV, own), torch.tensor(expected))
+    assert 59 > expected[0] > 55 and expected[1] == math.inf and -1e-6 < expected[2] < 1e-6
+
+
+def test_equally_confident_places_do_not_depend_on_the_rows_beside_them(policy):
+    config = settings(**SHARP | {"temperature": 0.01})
+    prompt_BL, attention_BL = policy.encode([policy.format_prompt(text) for text in PROMPTS[:4]])
+    noise = noise_for(config, 4)
+    with torch.no_grad():
+        own = support_of(policy.logits(prompt_BL, attention_BL, attention_BL), 0.01, config.top_k, config.top_p)
+    assert (own.entropy() == 0).float().mean() > 0.5
+    whole = vars(denoise(policy, prompt_BL, attention_BL, config, noise))
+    for rows in ([3, 2, 1, 0], [2], [0, 3]):
+        rows_A = torch.tensor(rows)
+        some = vars(denoise(policy, prompt_BL[rows_A], attention_BL[rows_A], config, noise.rows(rows_A)))
+        for name, value in some.items():
+            torch.testing.assert_close(value, whole[name][rows_A], rtol=0, atol=1e-4)
 
 
 def test_the_source_of_confidence_changes_the_order():
@@ -266,13 +398,6 @@ def test_schedule_falls_linearly_and_sums_to_the_length(length, steps):
         hidden -= k
         assert 0 <= hidden - length * (1 - t / steps) < 1  # the line, to within one token
     assert max(schedule) - min(schedule) <= 1
-
-
-def test_steps_that_would_commit_nothing_cost_no_forward_pass():
-    policy = Toy()
-    rollout = run(policy, settings(C + 5))
-    assert len(policy.rows) == C
-    assert not (rollout.completion_BC == MASK).any()
 
 
 def test_the_first_canvas_of_a_group_takes_one_forward_pass():
@@ -328,9 +453,11 @@ def test_a_token_outside_the_policys_own_support_has_logp_minus_infinity():
     assert torch.isfinite(rollout.behaviour_logp_BC).all()  # what was sampled was possible
 
 
+@pytest.mark.parametrize("block", [0, 4])
 @pytest.mark.parametrize("guided", [False, True])
-def test_recorded_logps_are_those_of_the_canvas_before_each_step(guided, policy):
-    config = RolloutConfig(max_completion_length=8, steps=5, temperature=0.7, top_k=20, top_p=0.9)
+def test_recorded_logps_are_those_of_the_canvas_before_each_step(guided, block, policy):
+    sampler = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "block_length": block, "block_cache": False}
+    config = RolloutConfig(max_completion_length=8, steps=5, **sampler)
     prompt_BL, attention_BL = policy.encode([policy.format_prompt(text) for text in PROMPTS[:3]])
     guide = random_guide(policy.vocab_size, GuidanceConfig(kind="expectation")) if guided else None
     rollout = run(policy, config, guide=guide, prompts=(prompt_BL, attention_BL))

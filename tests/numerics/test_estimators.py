@@ -279,13 +279,25 @@ def test_trajectory_reproduces_what_the_sampler_recorded(rule, temperature, top_
     assert l_BC[decided_BC].isfinite().all()  # also where the policy alone would never have gone
 
 
-def test_trajectory_of_a_real_model(policy):
-    config = RolloutConfig(max_completion_length=8, steps=5, temperature=0.7, top_k=20, top_p=0.9)
+@pytest.mark.parametrize("block", [0, 4])
+def test_trajectory_of_a_real_model(policy, block):
+    sampler = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "block_length": block}
+    config = RolloutConfig(max_completion_length=8, steps=5, block_cache=False, **sampler)
     rollout = generate(policy, PROMPTS[:4], config)
     with torch.no_grad():
         l_BC = trajectory_logp(policy, rollout, config)
     decided_BC = rollout.decided_BC
     torch.testing.assert_close(l_BC[decided_BC], rollout.policy_logp_BC[decided_BC], rtol=0, atol=1e-5)
+
+
+def test_the_trajectory_of_cached_blocks_is_an_approximation(policy):
+    config = RolloutConfig(max_completion_length=8, steps=8, temperature=0.7, block_length=4)
+    rollout = generate(policy, PROMPTS[:4], config)
+    with torch.no_grad():
+        l_BC = trajectory_logp(policy, rollout, config)
+    apart_BC = torch.where(rollout.decided_BC, (l_BC - rollout.policy_logp_BC).abs(), 0.0)
+    whole_BC = rollout.unmask_step_BC % 4 == 0  # a step that begins a block reads the whole canvas
+    assert (apart_BC[whole_BC] < 1e-5).all() and apart_BC.max() > 1e-4
 
 
 def test_sampled_logp_has_the_gradient_of_its_value():
