@@ -229,6 +229,8 @@ def run(call: Callable[["Config"], object], path: str, overrides: list[str]) -> 
 
     with exit_codes():
         config = load_config(path, overrides)
+    # Threads that spin while they wait for each other make a step take 20 times as long where anything else is running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
     from torch.distributed.elastic.multiprocessing.errors import record
 
     quiet_libraries()
