@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import rgrl
 from rgrl.console import say, warn
+from rgrl.environment import check_numbers, read_by_libraries
 from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 
 if TYPE_CHECKING:
@@ -228,12 +229,14 @@ def run(call: Callable[["Config"], object], path: str, overrides: list[str]) -> 
     from rgrl.config import load_config
 
     with exit_codes():
+        check_numbers(os.environ)
         config = load_config(path, overrides)
     # Threads that spin while they wait for each other make a step take 20 times as long where anything else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with exit_codes(), read_by_libraries():
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    quiet_libraries()
+        quiet_libraries()
     working_folder_last()
 
     @record  # so that a launcher shows the traceback of the rank that failed first
@@ -270,7 +273,7 @@ def exit_codes() -> Iterator[None]:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except RunStoppedError as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if stopped.on_one_rank or os.environ.get("RANK", "0") == "0":
             kind = "" if stopped.code == REQUEUE else "error: "  # the first is no error, and says itself what it is
             print(f"{kind}{' '.join(str(stopped).split())}", file=sys.stderr)
         sys.exit(stopped.code)

@@ -15,8 +15,12 @@ class ConfigError(ValueError):
 
 
 class RunStoppedError(Exception):
-    """A run that ends before its last step. Commands print the message on one line and exit with `code`."""
+    """A run that ends before its last step. Commands print the message on one line and exit with `code`.
 
-    def __init__(self, message: str, code: int = 1) -> None:
+    `on_one_rank`: as of `ConfigError`.
+    """
+
+    def __init__(self, message: str, code: int = 1, on_one_rank: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.on_one_rank = on_one_rank

@@ -10,28 +10,14 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from rgrl.config import Config
 from rgrl.console import warn
-from rgrl.errors import ConfigError
+from rgrl.environment import check_numbers
+from rgrl.errors import ConfigError, RunStoppedError
 
 _YES = ("1", "true", "yes", "on")
-# What launchers tell a process in numbers: (least, most).
-_NUMBERS = {name: (1, 10**6) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-_NUMBERS |= {name: (0, 10**6) for name in ("RANK", "OMP_NUM_THREADS")}
-_NUMBERS |= {"LOCAL_RANK": (-1, 10**6), "MASTER_PORT": (0, 65535)}
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").lower() in _YES
-
-
-def check_numbers(environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for a variable of the launcher that is not the number it should be."""
-    for name, (least, most) in _NUMBERS.items():
-        text = environ.get(name, "").strip()
-        if text and not (text.lstrip("-").isdecimal() and least <= int(text[:20]) <= most):
-            raise ConfigError(f"the environment variable {name} must be a whole number from {least}, not {text[:60]!r}")
-    rank, size = int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1)
-    if rank >= size:
-        raise ConfigError(f"the environment variable RANK ({rank}) must be below WORLD_SIZE ({size})")
 
 
 def check_launch(environ: Mapping[str, str]) -> None:
@@ -109,9 +95,12 @@ def join_processes(config: Config) -> Accelerator:
     on_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(cpu=on_cpus, kwargs_handlers=[patience])
-    except (ValueError, torch.distributed.DistNetworkError) as error:  # a variable that is missing, or a port in use
-        told = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the processes cannot join as the launcher says: {told}", on_one_rank=True) from error
+    except (ValueError, torch.distributed.DistError) as error:
+        told = " ".join(str(error).split())
+        if "timed out" in told.lower():  # others are slow, or dead: nothing that other settings would mend
+            raise RunStoppedError(f"the processes did not all join: {told[:300]}", on_one_rank=True) from error
+        # A variable that is missing, or a port in use.
+        raise ConfigError(f"the processes cannot join as the launcher says: {told[:300]}", on_one_rank=True) from error
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ConfigError(

@@ -11,7 +11,7 @@ import rgrl
 ROOT = Path(rgrl.__file__).parent
 # Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "types", "seeds", "plugins", "hub", "console", "config"},
+    {"errors", "types", "seeds", "plugins", "hub", "console", "environment", "config"},
     {"models", "rewards", "data", "rollout", "algo", "tracking"},
     {"runtime", "checkpoint"},
     {"evaluation"},
