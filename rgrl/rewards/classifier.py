@@ -1,5 +1,7 @@
 """A reward model from transformers: one number for a prompt and its completion, with a gradient."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,17 +22,22 @@ from transformers import (
 from rgrl.config import GuidanceConfig
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint
-from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
+from rgrl.models.text import guarded, token_ids
 from rgrl.rewards.bridge import bridge_embeddings
+from rgrl.rewards.frame import Frame, Framed
+from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
+from rgrl.rewards.probe import probe
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts
 
-_MARK = "\u241f"  # stands for the completion while the chat template is cut in two
-
 
 class ClassifierReward(nn.Module):
-    """`AutoModelForSequenceClassification` with one label, frozen; it scores text and guides through embeddings."""
+    """`AutoModelForSequenceClassification` with one label, frozen; it scores text and guides through embeddings.
+
+    Scores are the model's own forward pass on token ids. `way` says how it guides (`WAYS`), None that it cannot, and
+    `reasons` why a way is not exact for this model; `probe.py` finds out.
+    """
 
     def __init__(
         self,
@@ -38,12 +45,23 @@ class ClassifierReward(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         fingerprint: dict[str, str] | None = None,
+        max_length: int = 0,
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
+        self.model.config.use_cache = False
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), with its `adapter` if any
+        self.frame = Frame(tokenizer, name, max_length or longest_text(model, tokenizer))
+        self.pad_id: int | None = model.config.get_text_config().pad_token_id
+        if self.pad_id is None:
+            # Without one, transformers reads the last token and takes one text at a time. This means the same, for
+            # several texts of one length.
+            model.config.get_text_config().pad_token_id = -1
+        self.takes = inspect.signature(model.forward).parameters
+        self.way: str | None = None
+        self.reasons: dict[str, str] = {}
         self.embedding_VD: Tensor | None = None
         self.bridge_share: dict[str, float] = {}
 
@@ -51,18 +69,40 @@ class ClassifierReward(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def ways(self) -> list[str]:
+        """The ways to guide that are worth trying, the fastest first."""
+        decodes = "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+        cached = decodes and hasattr(self.model, "score") and window_of(self.model.config) is None
+        return ["cached", "whole"] if cached else ["whole"]
+
+    # -------------------------------------------------------------------------------------------------- guiding
     def bind(
         self, policy_tokenizer: PreTrainedTokenizerBase, vocab_size: int, mode: str = "compose"
     ) -> "ClassifierReward":
         """Lay out this model's input embeddings in the policy's vocabulary, as guidance needs; returns itself.
 
-        `mode` as in `RewardConfig.bridge`.
+        `mode` as in `RewardConfig.bridge`. Raises `ConfigError` for a model that cannot guide.
         """
-        table_UD = self.model.get_input_embeddings().weight.detach()
+        if self.way is None:
+            why = "; ".join(f"{way}: {reason}" for way, reason in self.reasons.items())
+            raise ConfigError(
+                f"reward model {self.name} scores, but cannot guide ({why}): set `guidance.kind: none`, or another "
+                "model as `guidance.path`"
+            )
         self.embedding_VD, self.bridge_share = bridge_embeddings(
-            policy_tokenizer, self.tokenizer, table_UD, vocab_size, mode
+            policy_tokenizer, self.tokenizer, self.embedding_table(), vocab_size, mode
         )
         return self
+
+    @torch.no_grad()
+    def embedding_table(self) -> Tensor:
+        """What the embedding layer puts out for each of its tokens: embedding_UD. Some layers scale their weights."""
+        layer = self.model.get_input_embeddings()
+        if type(layer) is nn.Embedding:
+            return layer.weight.detach()
+        ids_U = torch.arange(layer.weight.shape[0], device=self.device)
+        return torch.cat([layer(piece) for piece in ids_U.split(4096)])
 
     def guidance(self, config: GuidanceConfig, attend_eos: bool = False) -> Guidance:
         """Guidance of rollouts by this model. Raises `ConfigError` before `bind`."""
@@ -70,93 +110,91 @@ class ClassifierReward(nn.Module):
             raise ConfigError("this reward model has no embeddings of the policy's tokens yet: call `bind` first")
         return Guidance(self.for_prompts, self.embedding_VD, config, attend_eos)
 
-    def frame(self, prompt: str) -> tuple[str, str]:
-        """The text before and after the completion, by the model's chat template if it has one."""
-        if not self.tokenizer.chat_template:
-            return prompt + "\n", ""
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        before, _, after = text.rpartition(_MARK)  # the last one: the prompt may hold it too
-        return before, after
-
-    def token_ids(self, text: str) -> list[int]:
-        """The tokens of a piece of text, without special tokens around it."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @torch.no_grad()
-    def score(self, prompts: Prompts, completions: list[str]) -> Tensor:
-        """r_B, float32: the model's score of prompt, completion and template, tokenised as text."""
-        rows = []
-        for prompt, completion in zip(prompts.texts, completions, strict=True):
-            before, after = self.frame(prompt)
-            rows.append(self.token_ids(before) + self.token_ids(completion) + self.token_ids(after))
-        ids_BL, attention_BL = pad_left(rows, self.device)
-        return self.score_embeddings(self.model.get_input_embeddings()(ids_BL), attention_BL)
-
-    def score_embeddings(self, embeds_BLD: Tensor, attention_BL: Tensor, cache: DynamicCache | None = None) -> Tensor:
-        """r_B, float32: the score at each row's last attended position. `attention_BL` covers cached positions too."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        new = embeds_BLD.shape[1]
-        # By position: transformers renamed the argument that takes the cache in 5.24.
-        position_BL = count_positions(attention_BL)[:, -new:]
-        states_BLD = backbone(
-            None, attention_BL.long(), position_BL, cache, embeds_BLD, use_cache=cache is not None
-        ).last_hidden_state
-        index_L = torch.arange(new, device=embeds_BLD.device)
-        last_B = torch.where(attention_BL[:, -new:], index_L, -1).amax(1)
-        state_BD = states_BLD[torch.arange(len(last_B), device=last_B.device), last_B]
-        return self.model.score(state_BD)[:, 0].float()
-
-    def for_prompts(self, prompts: Prompts) -> "PromptedReward":
-        """This reward of completions of fixed prompts, with the prompts' keys and values computed once."""
-        return PromptedReward(self, prompts)
+    def for_prompts(self, prompts: Prompts, way: str | None = None) -> CachedReward | WholeReward:
+        """This reward of completions of fixed prompts, given as embeddings."""
+        return WAYS[way or self.way or "whole"](self, prompts)
 
     def from_embeddings(self, response_BCD: Tensor, attention_BC: Tensor, prompts: Prompts) -> Tensor:
         """r_B of responses given as embeddings, with gradient; equals `score` where they spell the same tokens."""
         return self.for_prompts(prompts)(response_BCD, attention_BC, torch.arange(len(prompts), device=self.device))
 
+    def forward_embeddings(self, embeds_BLD: Tensor, shown_BL: Tensor, at_B: Tensor, type_BL: Tensor) -> Tensor:
+        """r_B, float32: the model's own forward pass on embeddings, padded on the right.
 
-class PromptedReward:
-    """Scores embedded responses to fixed prompts: response_ACD, attention_AC, rows_A -> r_A, float32, differentiable.
+        A decoder is read at `at_B`; it would take the last position, as it cannot see padding in embeddings.
+        """
+        heads: list[Tensor] = []
+        keep = None
+        if isinstance(getattr(self.model, "score", None), nn.Module):
+            keep = self.model.score.register_forward_hook(lambda module, given, out: heads.append(out))
+        try:
+            logits = self._forward(inputs_embeds=embeds_BLD, attention_mask=shown_BL.long(), token_type_ids=type_BL)
+        finally:
+            if keep is not None:
+                keep.remove()
+        if heads and heads[-1].ndim == 3:
+            logits = heads[-1][torch.arange(len(at_B), device=at_B.device), at_B]
+        return logits[:, 0].float()
 
-    `rows_A` says which prompt each response answers. The prefix (template and prompt) does not depend on the completion
-    and the model is causal, so its keys and values are exact for every call. Each distinct prompt's are computed once.
+    # -------------------------------------------------------------------------------------------------- scoring
+    def tokenise(self, completion: str) -> list[int]:
+        """The tokens of a completion by itself."""
+        return token_ids(self.tokenizer, guarded(completion, self.frame.controls))
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts, completions: list[str]) -> Tensor:
+        """r_B, float32: the model's score of prompt, completion and template, tokenised as text."""
+        rows = [self.frame.framed(p, c) for p, c in zip(prompts.texts, completions, strict=True)]
+        if self.pad_id is not None:
+            return self._score_rows(rows)
+        r_B = torch.zeros(len(rows), device=self.device)
+        for length in {len(row) for row in rows}:
+            same = [b for b, row in enumerate(rows) if len(row) == length]
+            r_B[same] = self._score_rows([rows[b] for b in same])
+        return r_B
+
+    def _score_rows(self, rows: list[Framed]) -> Tensor:
+        """Padding on the right leaves every token where it stands in the text alone, in any architecture."""
+        L = max(map(len, rows))
+        ids_BL = torch.full((len(rows), L), self.pad_id or 0)
+        type_BL, shown_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
+        for b, row in enumerate(rows):
+            ids_BL[b, : len(row)], type_BL[b, : len(row)] = torch.tensor(row.ids), torch.tensor(row.types)
+            shown_BL[b, : len(row)] = 1
+        ids_BL, type_BL, shown_BL = (x.to(self.device) for x in (ids_BL, type_BL, shown_BL))
+        return self._forward(input_ids=ids_BL, attention_mask=shown_BL, token_type_ids=type_BL)[:, 0].float()
+
+    @torch.no_grad()
+    def forward_alone(self, row: Framed) -> Tensor:
+        """The score of one text by itself, without padding: a number (), float32."""
+        return self._score_rows([row])[0]
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        return self.model(**{name: value for name, value in inputs.items() if name in self.takes}).logits
+
+
+def window_of(config: PreTrainedConfig) -> str | None:
+    """The setting that makes some layers see only a part of what comes before, if there is one.
+
+    A probe of short texts cannot tell: they fit into the window.
     """
+    kinds = re.compile("window|local_attention|attention_types|chunk_size|attention_type$")
+    for name, value in config.get_text_config().to_dict().items():
+        counts = value not in (None, False, 0, "full_attention", "original_full") and "max_window" not in name
+        if kinds.search(name) and counts:
+            return name
+    return None
 
-    def __init__(self, reward: ClassifierReward, prompts: Prompts) -> None:
-        self.reward = reward
-        backbone = getattr(reward.model, reward.model.base_model_prefix)
-        frames = [reward.frame(text) for text in prompts.texts]
-        prefixes = [reward.token_ids(before) for before, _ in frames]
-        suffix = reward.token_ids(frames[0][1])  # a template's ending is the same for every prompt
-        unique = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, prefixes)))}
-        ids_UL, attention_UL = pad_left(list(unique), reward.device)
-        which_B = torch.tensor([unique[tuple(ids)] for ids in prefixes], device=reward.device)
-        with torch.no_grad():
-            embeds_ULD = reward.model.get_input_embeddings()(ids_UL)
-            suffix_SD = reward.model.get_input_embeddings()(
-                torch.tensor(suffix, dtype=torch.long, device=reward.device)
-            )
-            cache = DynamicCache(config=reward.model.config)
-            if ids_UL.shape[1] > 1:
-                position_UL = count_positions(attention_UL)[:, :-1]
-                backbone(None, attention_UL[:, :-1].long(), position_UL, cache, embeds_ULD[:, :-1], use_cache=True)
-        self.layers = [(layer.keys[which_B], layer.values[which_B]) for layer in cache.layers if layer.is_initialized]
-        # Each call includes the prefix's last token, so that an empty response has a position to be scored at.
-        self.start_B1D = embeds_ULD[which_B, -1:]
-        self.suffix_BSD = suffix_SD[None].expand(len(prefixes), -1, -1)
-        self.prefix_BL = attention_UL[which_B]
-        self.suffix_BS = torch.ones(self.suffix_BSD.shape[:2], dtype=torch.bool, device=reward.device)
 
-    def __call__(self, response_ACD: Tensor, attention_AC: Tensor, rows_A: Tensor) -> Tensor:
-        some = len(rows_A) < len(self.prefix_BL)
-        cache = DynamicCache(config=self.reward.model.config)
-        for i, (keys, values) in enumerate(self.layers):
-            cache.update(keys[rows_A] if some else keys, values[rows_A] if some else values, i)
-        start_A1D, suffix_ASD = self.start_B1D[rows_A], self.suffix_BSD[rows_A]
-        embeds_ALD = torch.cat([start_A1D, response_ACD.to(start_A1D.dtype), suffix_ASD], 1)
-        attention_AL = torch.cat([self.prefix_BL[rows_A], attention_AC, self.suffix_BS[rows_A]], 1)
-        return self.reward.score_embeddings(embeds_ALD, attention_AL, cache)
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that the model has positions for; None where it has no such limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    known = [limit for limit in limits if limit is not None and 0 < limit < 10**9]
+    return min(known, default=None)
 
 
 def load_classifier(
@@ -165,14 +203,16 @@ def load_classifier(
     dtype: str = "float32",
     adapter: str | None = None,
     name: str = "model",
+    max_length: int = 0,
 ) -> ClassifierReward:
-    """Load a one-label sequence classifier (with `adapter` merged) from a folder or the Hub.
+    """Load a one-label sequence classifier (with `adapter` merged) from a folder or the Hub, and try it out.
 
-    Raises `ConfigError` for anything that is not one.
+    `max_length` as in `RewardConfig`. Raises `ConfigError` for anything that is not one, or that gives a text another
+    score in a batch than alone.
     """
     folder = fetch_checkpoint(str(path), "reward model")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"reward model {path}: its config.json cannot be read: {error}") from error
     if config.num_labels != 1:
@@ -187,12 +227,14 @@ def load_classifier(
             raise ConfigError(f"`reward.adapter` {adapter}: no adapter_config.json there")
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         identity["adapter"] = adapter_fingerprint(Path(adapter))
-    return ClassifierReward(model.to(device), tokenizer, name, identity)
+    reward = ClassifierReward(model.to(device), tokenizer, name, identity, max_length)
+    probe(reward)
+    return reward
 
 
 def _load_tokenizer(folder: Path, path: str | Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"reward model {path} has no tokenizer that transformers can load") from error
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of missing files
@@ -203,7 +245,7 @@ def _load_tokenizer(folder: Path, path: str | Path) -> PreTrainedTokenizerBase:
 def _load_model(folder: Path, path: str | Path, dtype: str) -> Any:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"reward model {path} cannot be loaded: {error}") from error

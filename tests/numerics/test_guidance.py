@@ -91,7 +91,7 @@ def slow_truncate(logits_V, top_k, top_p):
 
 def slow_reward(reward, text, response, attend_eos):
     """One row, uncached, by transformers' own classifier; `response` is a list of (likely token, embedding)."""
-    before, after = reward.frame(text)
+    before, after = reward.frame.around(text)
     table = reward.model.get_input_embeddings().weight
     shown = []
     for token, embedding in response:
@@ -100,8 +100,10 @@ def slow_reward(reward, text, response, attend_eos):
                 shown.append(embedding)
             break
         shown.append(embedding)
-    ids = [reward.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after)]
-    embeds = [*(table[i] for i in ids[0]), *shown, *(table[i] for i in ids[1])]
+    # Where padding ends the template too, transformers reads the last token that is none, which sees no later one.
+    ending = [i for i in after.ids if i != reward.pad_id]
+    assert after.ids == ending + [reward.pad_id] * (len(after.ids) - len(ending))
+    embeds = [*(table[i] for i in before.ids), *shown, *(table[i] for i in ending)]
     return reward.model(inputs_embeds=torch.stack(embeds)[None]).logits[0, 0]
 
 

@@ -114,13 +114,6 @@ def test_gradient_is_that_of_the_whole_uncached_forward_pass(folder, reward):
     assert all(p.grad is None for p in reward.model.parameters())  # the weights stay frozen
 
 
-def test_prompt_may_hold_any_character(tmp_path):
-    # The completion's place in the template is found with a marker; a prompt that holds it must not be cut there.
-    template = TEMPLATES["template with an ending"]
-    reward = load_classifier(write_reward(tmp_path / "r", template=template))
-    assert reward.frame("a \u241f b") == ("<|user|>a \u241f b ok<|user|><|assistant|>", " ok<|user|>")
-
-
 # The vocabulary bridge
 
 

@@ -1,0 +1,87 @@
+"""Text as a tokenizer's users mean it: control tokens come from a template, never from what somebody wrote.
+
+A control token that stands in a prompt or a completion is text. `guarded` breaks it with a mark that tokenising drops,
+so that it never becomes the real one, and everything else is tokenised whole, as the model's users do.
+"""
+
+import datetime
+import re
+from collections.abc import Sequence
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rgrl.errors import ConfigError
+
+# A code point that Unicode keeps for a program's own use: it stands for nothing in any text.
+BREAK = "\ufdd0"
+# The day that templates are told which ask for it: a rollout must not depend on when it was made.
+DAY = datetime.datetime(2025, 1, 1)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> list[str]:
+    """What no text may turn into, longest first: special tokens, those that the chat template writes, and `more`."""
+    template = template_of(tokenizer) or ""
+    added = tokenizer.added_tokens_decoder.values()
+    found = {str(token) for token in added if token.special or (str(token).strip() and str(token) in template)}
+    found |= {*tokenizer.all_special_tokens, *more}
+    return sorted((token for token in found if len(token) > 1), key=lambda token: (-len(token), token))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that is used where none is named."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def guarded(text: str, controls: Sequence[str]) -> str:
+    """`text` with each control token in it broken after its first character."""
+    text = text.replace(BREAK, "\ufffd")
+    if not controls:
+        return text
+    return re.sub("|".join(map(re.escape, controls)), lambda found: found[0][0] + BREAK + found[0][1:], text)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a guarded text, without special tokens around it."""
+    pieces = [piece for piece in text.split(BREAK) if piece]
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], in_parts: bool = False, answer: bool = False
+) -> str:
+    """The turns in the tokenizer's chat format, up to where an `answer` begins if one is to be written.
+
+    `in_parts`: each message is a list of parts, as some templates want them. Raises `ConfigError` where the template
+    cannot write the turns.
+    """
+    if in_parts:
+        turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]  # type: ignore[dict-item]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answer, strftime_now=DAY.strftime
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} cannot write these turns: {reason}"
+        ) from error
+
+
+def wants_parts(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> bool:
+    """Whether the template shows messages only where they are lists of parts. Raises `ConfigError` if it never does."""
+    turns = [{"role": role, "content": f"{role} speaks"} for role in roles]
+    problem: ConfigError | None = None
+    for in_parts in (False, True):
+        try:
+            text = render(tokenizer, turns, in_parts)
+        except ConfigError as error:
+            problem = problem or error
+            continue
+        if all(turn["content"] in text for turn in turns):
+            return in_parts
+    if problem is not None:
+        raise problem
+    shown = "the prompt" if len(roles) == 1 else "the prompt and the answer"
+    raise ConfigError(f"the chat template of {tokenizer.name_or_path} does not show {shown}")

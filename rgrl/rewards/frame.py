@@ -1,0 +1,163 @@
+"""How a reward model is shown a prompt and its completion: its chat template, or its tokenizer's form for pairs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from rgrl.errors import ConfigError
+from rgrl.models.text import BREAK, control_tokens, guarded, render, template_of, token_ids, wants_parts
+
+_MARK = "\ufdd1"  # stands for a text while the chat template is cut around it; like BREAK, no text has it
+_WORD = "x"  # stands for a completion while the frame around it is tokenised
+
+
+@dataclass(frozen=True)
+class Framed:
+    """Tokens around or of a text, and their types (segments A and B) where the model has them."""
+
+    ids: list[int]
+    types: list[int]
+
+    def __add__(self, other: "Framed") -> "Framed":
+        return Framed(self.ids + other.ids, self.types + other.types)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+M = TypeVar("M", Framed, tuple[Framed, Framed])
+
+
+class Frame:
+    """Puts prompts and completions into the form that a reward model's users give it.
+
+    With a chat template: the rendered conversation, tokenised whole. Without one: the tokenizer's form for a pair of
+    texts where it has one (`[CLS] prompt [SEP] completion [SEP]`), else `prompt, new line, completion`; with the
+    special tokens that the tokenizer adds. Control tokens that a text spells stay text.
+
+    `limit` is the longest text in tokens, None for any; `reserve` is what completions are given of it. A longer
+    prompt loses its beginning. Raises `ConfigError` for a template that no frame can be cut from.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None = None) -> None:
+        self.tokenizer, self.name, self.limit, self.reserve = tokenizer, name, limit, 0
+        self.cut = 0  # texts whose prompt was too long, since it was last set to 0
+        self.controls = control_tokens(tokenizer)
+        self.in_parts = False
+        self.affixes: tuple[Framed, Framed, Framed] | None = None
+        if template_of(tokenizer):
+            self.in_parts = wants_parts(tokenizer, ("user", "assistant"))
+            self._check_order()
+        else:
+            self.affixes = _affixes(tokenizer)
+
+    def _check_order(self) -> None:
+        """Refuse a template that shows the answer twice, or before the prompt."""
+        text = self._rendered("prompt here", _MARK)
+        if text.count(_MARK) != 1 or text.find("prompt here") > text.find(_MARK):
+            raise ConfigError(
+                f"reward model {self.name}: its chat template does not show the prompt and then the answer, once"
+            )
+
+    @property
+    def forgeable(self) -> bool:
+        """Whether only plain text stands between prompt and answer, so that a completion can write a turn itself."""
+        if self.affixes is not None:
+            return not self.affixes[1].ids
+        text = self._rendered(_MARK, _MARK)
+        return not any(control in text[text.find(_MARK) : text.rfind(_MARK)] for control in self.controls)
+
+    def framed(self, prompt: str, completion: str) -> Framed:
+        """Everything that the model is shown of a prompt and its completion. Raises `ConfigError` if it is too long."""
+        return self._fitting(prompt, lambda shown: self._framed(shown, completion))
+
+    def around(self, prompt: str) -> tuple[Framed, Framed]:
+        """What stands before and after a completion of the prompt, whatever it says."""
+        return self._fitting(prompt, self._around)
+
+    # ------------------------------------------------------------------------------------------------ one text
+    def _rendered(self, prompt: str, completion: str) -> str:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return render(self.tokenizer, turns, self.in_parts)
+
+    def _framed(self, prompt: str, completion: str) -> Framed:
+        prompt, completion = guarded(prompt, self.controls), guarded(completion, self.controls)
+        if self.affixes is None:
+            return _plain(token_ids(self.tokenizer, self._rendered(prompt, completion)))
+        before, between, after = self.affixes
+        if between.ids:
+            first, second = token_ids(self.tokenizer, prompt), token_ids(self.tokenizer, completion)
+            last = after.types[-1] if after.types else between.types[-1]
+            return before + _plain(first) + between + Framed(second, [last] * len(second)) + after
+        return before + _plain(token_ids(self.tokenizer, f"{prompt}\n{completion}")) + after
+
+    def _around(self, prompt: str) -> tuple[Framed, Framed]:
+        prompt = guarded(prompt, self.controls)
+        if self.affixes is None:
+            text_before, _, text_after = self._rendered(prompt, _MARK).rpartition(_MARK)
+            ids_before, ids_after = _cut(self.tokenizer, text_before, text_after)
+            return _plain(ids_before), _plain(ids_after)
+        before, between, after = self.affixes
+        if between.ids:
+            return before + _plain(token_ids(self.tokenizer, prompt)) + between, after
+        return before + _plain(_cut(self.tokenizer, f"{prompt}\n", "")[0]), after
+
+    def answer_type(self) -> int:
+        """The type of a completion's tokens: 1 in the second segment of a pair."""
+        return self.affixes[2].types[-1] if self.affixes is not None and self.affixes[1].ids else 0
+
+    # ------------------------------------------------------------------------------------------------ its length
+    def _fitting(self, prompt: str, make: Callable[[str], M]) -> M:
+        made = make(prompt)
+        if self.limit is None or self._room(made) >= 0:
+            return made
+        self.cut += 1
+        ids = token_ids(self.tokenizer, guarded(prompt, self.controls))
+        while ids and self._room(made) < 0:
+            ids = ids[-self._room(made) :]
+            made = make(self.tokenizer.decode(ids))
+        if self._room(made) < 0:
+            raise ConfigError(
+                f"reward model {self.name}: its template and a completion are longer than its {self.limit} positions "
+                "(`reward.max_length`)",
+                on_one_rank=True,
+            )
+        return made
+
+    def _room(self, made: Framed | tuple[Framed, Framed]) -> int:
+        """Tokens that are left; negative where there are too many."""
+        assert self.limit is not None
+        length = len(made) if isinstance(made, Framed) else sum(map(len, made)) + self.reserve
+        return self.limit - length
+
+
+def _plain(ids: list[int]) -> Framed:
+    return Framed(ids, [0] * len(ids))
+
+
+def _affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[Framed, Framed, Framed]:
+    """What a tokenizer puts before, between and after two texts; nothing between where it has no form for pairs."""
+    alone = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    pair = tokenizer(_WORD, _WORD)
+    ids, types = pair["input_ids"], pair.get("token_type_ids") or [0] * len(pair["input_ids"])
+    starts = [i for i in range(len(ids)) if ids[i : i + len(alone)] == alone]
+    if len(starts) >= 2 and starts[-1] > starts[0] + len(alone):
+        first, second = (starts[0], starts[0] + len(alone)), (starts[-1], starts[-1] + len(alone))
+        spans = (slice(0, first[0]), slice(first[1], second[0]), slice(second[1], None))
+        before, between, after = (Framed(ids[span], types[span]) for span in spans)
+        return before, between, after
+    ids = tokenizer(_WORD)["input_ids"]
+    start = next((i for i in range(len(ids)) if ids[i : i + len(alone)] == alone), 0)
+    return _plain(ids[:start]), Framed([], []), _plain(ids[start + len(alone) :])
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> tuple[list[int], list[int]]:
+    """The tokens before and after a completion, tokenised with one in its place."""
+    if not tokenizer.is_fast or BREAK in before + after:
+        return token_ids(tokenizer, before), token_ids(tokenizer, after)
+    made = tokenizer(before + _WORD + after, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    start, end = len(before), len(before) + len(_WORD)
+    places = list(zip(made["input_ids"], made["offset_mapping"], strict=True))
+    return [i for i, (_, e) in places if e <= start], [i for i, (b, _) in places if b >= end]
