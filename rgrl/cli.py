@@ -258,6 +258,7 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # the run has a bar of its own
+    transformers.utils.logging.set_verbosity_error()  # loading makes sure of what it warns of
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 

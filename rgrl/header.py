@@ -8,6 +8,7 @@ from rgrl.algo.corrections import exact
 from rgrl.config import Config
 from rgrl.models import Policy
 from rgrl.models.lora import adapter_parameters
+from rgrl.rewards import ClassifierReward
 from rgrl.setup import Run
 
 
@@ -19,6 +20,7 @@ def header(run: Run, first_step: int, records: str) -> list[str]:
         what_runs(run),
         f"{a_step(config, run.accelerator.num_processes)} | {steps}",
         f"{config.run.output_dir} | {records or 'W&B off'}",
+        *reward_models(run),
     ]
     if config.objective.correction != "none" and config.guidance.kind != "none":
         kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/algo/corrections.py)"
@@ -46,6 +48,24 @@ def policy(model: Policy, config: Config) -> str:
     dtype = "" if config.model.dtype == "float32" else f" in {config.model.dtype}"
     size = f"{short(frozen)} parameters{dtype}, {short(trained)} trainable (LoRA r {config.lora.r})"
     return f"policy {model.family.name}, {size}"
+
+
+def reward_models(run: Run) -> list[str]:
+    """Each reward model, what it is used for, and how it guides or why it could not: in one line."""
+    uses: dict[ClassifierReward, list[str]] = {}
+    for model, use in ((run.rewards.model, "scores"), (run.guide_model, "guides"), (run.judge, "judges")):
+        if model is not None:
+            uses.setdefault(model, []).append(use)
+    lines = []
+    for model, used in uses.items():
+        if model.way is None:
+            used.append(f"could not guide ({'; '.join(model.reasons.values())})")
+        elif "guides" in used:
+            used.append(
+                "each prompt is computed once" if model.way == "cached" else "the whole text is computed at every step"
+            )
+        lines.append(f"reward model {model.name}, {type(model.model).__name__}: {', '.join(used)}")
+    return lines
 
 
 def a_step(config: Config, n: int) -> str:

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from rgrl.algo import Algorithm, resolve_algorithm
-from rgrl.config import Config, GuidanceConfig
+from rgrl.config import Config, GuidanceConfig, JudgeConfig
+from rgrl.console import warn
 from rgrl.data import PromptStream, fingerprint, load_prompts
 from rgrl.errors import ConfigError
 from rgrl.evaluation import Evaluator
@@ -78,7 +79,14 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     rewards, guide_model = load_rewards(config, device)
     if guide_model is not None:
         guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
-    judge = load_classifier(config.judge.path, device, config.judge.dtype, name="judge") if config.judge.path else None
+    judge = load_judge(config.judge, device)
+    for model in {model: None for model in (rewards.model, guide_model, judge) if model is not None}:
+        model.frame.make_room(config.rollout.max_completion_length)
+        if model.frame.forgeable and accelerator.is_main_process:
+            warn(
+                f"reward model {model.name}: only plain text stands between prompt and answer, so a completion can "
+                "write a turn of its own; read some samples"
+            )
     add_lora(policy, config.lora, config.run.seed).eval()
     if size > 1:
         accelerator.wait_for_everyone()  # times out if a process could not load something
@@ -99,6 +107,13 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
     return run
+
+
+def load_judge(config: JudgeConfig, device: torch.device) -> ClassifierReward | None:
+    """The judge, if there is one."""
+    if config.path is None:
+        return None
+    return load_classifier(config.path, device, config.dtype, name="judge", max_length=config.max_length)
 
 
 def take_fingerprints(

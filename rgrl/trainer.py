@@ -232,16 +232,19 @@ def exchange(
     """One all-reduce at the end of a step, so that all ranks go on in the same way.
 
     Returns, over all ranks: the tokens rolled out; if the main process could not write something; why to stop, if
-    anybody was asked to; and the failed calls of each Python reward, as metrics.
+    anybody was asked to; and, as metrics, the failed calls of each Python reward and the texts that were cut.
     """
     failures, names, asked = run.rewards.failures, list(run.rewards.functions), requests.asked()
     for name, problem in dict(reversed(failures)).items():  # the first of each
         warn(f"step {step}: reward {name!r} {problem}; its completions got 0 (reward.on_error)")
     calls = [sum(name == of for of, _ in failures) for name in names]
     failures.clear()
-    tokens, count, *rest = counts(run.accelerator, [tokens, int(unwritten), *asked, *calls])
+    cut = run.rewards.take_cut()
+    tokens, count, cut, *rest = counts(run.accelerator, [tokens, int(unwritten), cut, *asked, *calls])
     reason, calls = first_reason(rest[: len(asked)]), rest[len(asked) :]
     failed = {f"rewards/{name}/failed": float(n) for name, n in zip(names, calls, strict=True)}
+    if run.rewards.model is not None:
+        failed[f"rewards/{run.rewards.model.name}/cut"] = float(cut)
     return tokens, count > 0, reason, failed
 
 

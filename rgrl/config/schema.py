@@ -79,6 +79,9 @@ class RewardConfig:
     """Its weight in the sum of rewards."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
+    max_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
+    """Longest text that it is shown, in its tokens, template included. 0: as many as it has positions for. A longer
+    text loses the beginning of its prompt, which `rewards/<name>/cut` counts. Also for a guide of its own."""
     functions: dict[Text, Number] = field(default_factory=dict)
     """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
     `function(prompts, completions, rows)` and returns one number a completion."""
@@ -101,6 +104,8 @@ class JudgeConfig:
     """A second reward model that is only ever used in evaluation. None: no judge."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
+    max_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
+    """As `reward.max_length`; `eval/judge_cut` counts."""
 
 
 @section("rollout")

@@ -29,7 +29,9 @@ def distinct_2(texts: list[str]) -> float:
 class Gathered:
     """What this rank has measured so far."""
 
-    nll_3: Tensor  # float64: negative log-likelihood under the base, number of tokens, the same under the policy
+    # float64: negative log-likelihood under the base, number of tokens, the first under the policy; texts that were too
+    # long for the judge
+    sums_4: Tensor
     rows: list[dict[str, Any]] = field(default_factory=list)
     guided: dict[int, float] = field(default_factory=dict)  # reward of guided completions, by number of the prompt
 
@@ -58,7 +60,7 @@ class HeldOut:
         mine = range(self.accelerator.process_index, total, self.accelerator.num_processes)
         rollout = self.config.rollout
         size = rollout.micro_batch or max(8, self.config.run.prompts_per_device * rollout.num_generations)
-        gathered = Gathered(torch.zeros(3, device=policy.device, dtype=torch.float64))
+        gathered = Gathered(torch.zeros(4, device=policy.device, dtype=torch.float64))
         with policy.forward_passes():
             for start in range(0, len(mine), size):
                 self.tell(f"evaluating {start * self.accelerator.num_processes}/{total}")
@@ -79,11 +81,13 @@ class HeldOut:
         total_B, _ = self.rewards.score(prompts, completions)
         judged: list[float] | list[None] = [None] * len(prompts)
         if self.judge is not None:
+            self.judge.frame.cut = 0
             judged = self.judge.score(prompts, completions).tolist()
+            gathered.sums_4[3] += self.judge.frame.cut
         own, _ = self._masked_nll(rollout, numbers)
         with self.policy.reference():
             base = self._masked_nll(rollout, numbers)
-        gathered.nll_3 += torch.stack([*base, own]).double()
+        gathered.sums_4[:3] += torch.stack([*base, own]).double()
         lengths = rollout.completion_mask_BC.sum(1).tolist()
         for i, prompt, text, r, j, n in zip(
             numbers, prompts.texts, completions, total_B.tolist(), judged, lengths, strict=True
@@ -99,7 +103,7 @@ class HeldOut:
     def _over_all_ranks(self, gathered: Gathered) -> Evaluation:
         rows = sorted(gather_object(gathered.rows), key=lambda row: row["index"])
         guided = dict(gather_object(list(gathered.guided.items())))
-        base_nll, count, own_nll = self.accelerator.reduce(gathered.nll_3, "sum").tolist()
+        base_nll, count, own_nll, cut = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
         reward = [row["reward"] for row in rows]
         metrics = {
             "eval/reward": _mean(reward),
@@ -115,6 +119,7 @@ class HeldOut:
         if self.judge is not None:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
+            metrics["eval/judge_cut"] = cut
         return Evaluation(metrics, rows)
 
 

@@ -16,6 +16,7 @@ from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family
 from rgrl.models.readout import Readout, read_out, token_logp
 from rgrl.models.sharding import Lockstep, shard_layers
+from rgrl.models.text import control_tokens, guarded, render, token_ids, wants_parts
 from rgrl.types import PrefixCache
 
 
@@ -55,6 +56,8 @@ class Policy(nn.Module):
         self.vocab_size = min(len(tokenizer), causal_lm.config.vocab_size)
         if not tokenizer.chat_template:
             tokenizer.chat_template = family.chat_template
+        self._controls = control_tokens(tokenizer, tokenizer.convert_ids_to_tokens([mask_id, *self.end_ids]))
+        self._in_parts = wants_parts(tokenizer, ("user",))
 
     @property
     def device(self) -> torch.device:
@@ -171,10 +174,11 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Left-padded token ids of texts as they are: ids_BL int64 and attention_BL bool, on the model's device.
 
-        Raises `ConfigError` for a text of more than `limit` tokens (None: no limit). The message quotes the text's
+        Control tokens in a text become the real ones, but for those that `format_prompt` found in a prompt. Raises
+        `ConfigError` for a text of more than `limit` tokens (None: no limit). The message quotes the text's
         entry of `quoted`, such as the prompt without its template (None: the text itself).
         """
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        rows = [token_ids(self.tokenizer, text) for text in texts]
         for text, ids in zip(texts if quoted is None else quoted, rows, strict=True):
             if limit is not None and len(ids) > limit:
                 raise ConfigError(
@@ -183,9 +187,12 @@ class Policy(nn.Module):
         return pad_left(rows, self.device, fill=self.eos_id)
 
     def format_prompt(self, text: str) -> str:
-        """One user turn in the model's chat format, up to where the answer begins."""
-        turn = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        """One user turn in the model's chat format, up to where the answer begins, for `encode`.
+
+        A control token that the text spells, such as the mask or the end of a turn, stays text.
+        """
+        turn = [{"role": "user", "content": guarded(text, self._controls)}]
+        return render(self.tokenizer, turn, self._in_parts, answer=True)
 
     def is_end(self, ids: Tensor) -> Tensor:
         """True where a token ends the completion."""

@@ -28,6 +28,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ())
     return sorted((token for token in found if len(token) > 1), key=lambda token: (-len(token), token))
 
 
+def unseen_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of tokens that a completion's text lacks: special ones, which decoding leaves out."""
+    known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return sorted(i for i in known if not tokenizer.decode([i], skip_special_tokens=True))
+
+
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that is used where none is named."""
     template = tokenizer.chat_template

@@ -23,7 +23,7 @@ from rgrl.config import GuidanceConfig
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint
 from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
-from rgrl.models.text import guarded, token_ids
+from rgrl.models.text import guarded, token_ids, unseen_tokens
 from rgrl.rewards.bridge import bridge_embeddings
 from rgrl.rewards.frame import Frame, Framed
 from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
@@ -53,16 +53,24 @@ class ClassifierReward(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), with its `adapter` if any
-        self.frame = Frame(tokenizer, name, max_length or longest_text(model, tokenizer))
+        limit = longest_text(model, tokenizer)
+        if limit is not None and max_length > limit:
+            raise ConfigError(
+                f"reward model {name}: `max_length` {max_length} is more than the {limit} tokens it can read"
+            )
+        self.frame = Frame(tokenizer, name, max_length or limit)
         self.pad_id: int | None = model.config.get_text_config().pad_token_id
         if self.pad_id is None:
             # Without one, transformers reads the last token and takes one text at a time. This means the same, for
             # several texts of one length.
             model.config.get_text_config().pad_token_id = -1
-        self.takes = inspect.signature(model.forward).parameters
+        # Types of tokens are passed where the tokenizer makes them, as users do: GPT-2 embeds them as further tokens.
+        typed = "token_type_ids" in tokenizer("text")
+        self.takes = {name for name in inspect.signature(model.forward).parameters if typed or name != "token_type_ids"}
         self.way: str | None = None
         self.reasons: dict[str, str] = {}
         self.embedding_VD: Tensor | None = None
+        self.unseen_V: Tensor | None = None  # the policy's tokens that its text lacks
         self.bridge_share: dict[str, float] = {}
 
     @property
@@ -93,6 +101,9 @@ class ClassifierReward(nn.Module):
         self.embedding_VD, self.bridge_share = bridge_embeddings(
             policy_tokenizer, self.tokenizer, self.embedding_table(), vocab_size, mode
         )
+        unseen = [i for i in unseen_tokens(policy_tokenizer) if i < vocab_size]
+        self.unseen_V = torch.zeros(vocab_size, dtype=torch.bool, device=self.device)
+        self.unseen_V[torch.tensor(unseen, dtype=torch.long)] = True
         return self
 
     @torch.no_grad()
@@ -108,7 +119,7 @@ class ClassifierReward(nn.Module):
         """Guidance of rollouts by this model. Raises `ConfigError` before `bind`."""
         if self.embedding_VD is None:
             raise ConfigError("this reward model has no embeddings of the policy's tokens yet: call `bind` first")
-        return Guidance(self.for_prompts, self.embedding_VD, config, attend_eos)
+        return Guidance(self.for_prompts, self.embedding_VD, config, attend_eos, self.unseen_V)
 
     def for_prompts(self, prompts: Prompts, way: str | None = None) -> CachedReward | WholeReward:
         """This reward of completions of fixed prompts, given as embeddings."""

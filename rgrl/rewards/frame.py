@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,9 +26,6 @@ class Framed:
         return len(self.ids)
 
 
-M = TypeVar("M", Framed, tuple[Framed, Framed])
-
-
 class Frame:
     """Puts prompts and completions into the form that a reward model's users give it.
 
@@ -37,13 +33,13 @@ class Frame:
     texts where it has one (`[CLS] prompt [SEP] completion [SEP]`), else `prompt, new line, completion`; with the
     special tokens that the tokenizer adds. Control tokens that a text spells stay text.
 
-    `limit` is the longest text in tokens, None for any; `reserve` is what completions are given of it. A longer
-    prompt loses its beginning. Raises `ConfigError` for a template that no frame can be cut from.
+    `limit` is the longest text in tokens, None for any; of a longer one the prompt loses its beginning. Raises
+    `ConfigError` for a template that no frame can be cut from.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None = None) -> None:
         self.tokenizer, self.name, self.limit, self.reserve = tokenizer, name, limit, 0
-        self.cut = 0  # texts whose prompt was too long, since it was last set to 0
+        self.cut = 0  # scored texts whose prompt lost its beginning, since whoever counts them set it to 0
         self.controls = control_tokens(tokenizer)
         self.in_parts = False
         self.affixes: tuple[Framed, Framed, Framed] | None = None
@@ -71,11 +67,14 @@ class Frame:
 
     def framed(self, prompt: str, completion: str) -> Framed:
         """Everything that the model is shown of a prompt and its completion. Raises `ConfigError` if it is too long."""
-        return self._fitting(prompt, lambda shown: self._framed(shown, completion))
+        shown = self._shortened(prompt, self._longest)
+        shown = self._shortened(shown, lambda text: len(self._framed(text, completion)))
+        self.cut += shown != prompt
+        return self._framed(shown, completion)
 
     def around(self, prompt: str) -> tuple[Framed, Framed]:
         """What stands before and after a completion of the prompt, whatever it says."""
-        return self._fitting(prompt, self._around)
+        return self._around(self._shortened(prompt, self._longest))
 
     # ------------------------------------------------------------------------------------------------ one text
     def _rendered(self, prompt: str, completion: str) -> str:
@@ -109,28 +108,33 @@ class Frame:
         return self.affixes[2].types[-1] if self.affixes is not None and self.affixes[1].ids else 0
 
     # ------------------------------------------------------------------------------------------------ its length
-    def _fitting(self, prompt: str, make: Callable[[str], M]) -> M:
-        made = make(prompt)
-        if self.limit is None or self._room(made) >= 0:
-            return made
-        self.cut += 1
+    def make_room(self, completion_length: int) -> None:
+        """Keep as many tokens of the limit free for completions. Raises `ConfigError` if there are fewer.
+
+        So a prompt is cut in the same place whatever its completion, whether it is scored or guides.
+        """
+        self.reserve = completion_length
+        self._shortened("", self._longest)
+
+    def _longest(self, prompt: str) -> int:
+        return sum(map(len, self._around(prompt))) + self.reserve
+
+    def _shortened(self, prompt: str, length: Callable[[str], int]) -> str:
+        """The end of the prompt with which the text, of this length in tokens, stays within the limit."""
+        if self.limit is None or (over := length(prompt) - self.limit) <= 0:
+            return prompt
         ids = token_ids(self.tokenizer, guarded(prompt, self.controls))
-        while ids and self._room(made) < 0:
-            ids = ids[-self._room(made) :]
-            made = make(self.tokenizer.decode(ids))
-        if self._room(made) < 0:
+        while ids and over > 0:
+            ids = ids[over:]
+            prompt = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip("\ufffd")  # half a character
+            over = length(prompt) - self.limit
+        if over > 0:
             raise ConfigError(
-                f"reward model {self.name}: its template and a completion are longer than its {self.limit} positions "
-                "(`reward.max_length`)",
+                f"reward model {self.name}: its template and a completion ({self.reserve} tokens are kept free) are "
+                f"longer than the {self.limit} tokens that it can be shown (its positions, or `max_length`)",
                 on_one_rank=True,
             )
-        return made
-
-    def _room(self, made: Framed | tuple[Framed, Framed]) -> int:
-        """Tokens that are left; negative where there are too many."""
-        assert self.limit is not None
-        length = len(made) if isinstance(made, Framed) else sum(map(len, made)) + self.reserve
-        return self.limit - length
+        return prompt
 
 
 def _plain(ids: list[int]) -> Framed:

@@ -41,6 +41,13 @@ class Rewards:
         total_B = torch.stack([self.weights[name] * r_B for name, r_B in terms.items()]).sum(0)
         return total_B, terms
 
+    def take_cut(self) -> int:
+        """How many texts the reward model was shown without the beginning of their prompt, since the last call."""
+        if self.model is None:
+            return 0
+        cut, self.model.frame.cut = self.model.frame.cut, 0
+        return cut
+
     def _call(self, name: str, function: RewardFunction, prompts: Prompts, completions: list[str]) -> list[float]:
         try:
             return call_function(function, prompts, completions, self.time_limit)
@@ -74,10 +81,10 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
     if len(functions) < len(c.functions) or c.name in functions:
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
     weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}
-    model = load_classifier(c.path, device, c.dtype, c.adapter, c.name) if c.path else None
+    model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length) if c.path else None
     guide = None
     if config.guidance.kind != "none":
         other = config.guidance.path
         same = other is None or other == c.path
-        guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide")
+        guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length)
     return Rewards(model, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error), guide

@@ -34,13 +34,15 @@ def normalised_entropy(logits_NV: Tensor, V: int) -> Tensor:
 class Guide:
     """A differentiable reward of completions of given prompts, its embeddings in the policy's vocabulary, and settings.
 
-    `weight` gives w_N from logits_NV and V. Only the kind `entrgi` uses it.
+    `weight` gives w_N from logits_NV and V. Only the kind `entrgi` uses it. `unseen_V` (bool) are the tokens that a
+    completion's text lacks, such as control tokens (None: there are none).
     """
 
     reward: RewardFromEmbeddings
     embedding_VD: Tensor
     config: GuidanceConfig
     attend_eos: bool = False
+    unseen_V: Tensor | None = None
     weight: Callable[[Tensor, int], Tensor] = normalised_entropy
 
     def steers(self, t: int) -> bool:
@@ -56,10 +58,11 @@ class Guidance:
     embedding_VD: Tensor
     config: GuidanceConfig
     attend_eos: bool = False
+    unseen_V: Tensor | None = None
 
     def guide(self, prompts: Prompts) -> Guide:
         """The guide for completions of `prompts`."""
-        return Guide(self.reward_for(prompts), self.embedding_VD, self.config, self.attend_eos)
+        return Guide(self.reward_for(prompts), self.embedding_VD, self.config, self.attend_eos, self.unseen_V)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,15 @@ class Hidden:
         return self.completion_BC.flatten().scatter(0, self.hidden_N, token_N).view_as(self.completion_BC)
 
 
-def shown_to_reward(token_BC: Tensor, is_end: Callable[[Tensor], Tensor], attend_eos: bool) -> Tensor:
-    """attention_BC: positions before the first end token; with `attend_eos` that token too."""
+def shown_to_reward(
+    token_BC: Tensor, is_end: Callable[[Tensor], Tensor], attend_eos: bool, unseen_V: Tensor | None = None
+) -> Tensor:
+    """attention_BC: positions before the first end token, without `unseen_V`; with `attend_eos` that token too."""
     ended_BC = is_end(token_BC).long().cumsum(1)
-    return (ended_BC == 0) | ((ended_BC == 1) & is_end(token_BC)) if attend_eos else ended_BC == 0
+    shown_BC = ended_BC == 0
+    if unseen_V is not None:
+        shown_BC = shown_BC & ~unseen_V[token_BC]
+    return shown_BC | ((ended_BC == 1) & is_end(token_BC)) if attend_eos else shown_BC
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ def steer(
                 first_w_N = w_N if m == 0 else first_w_N
                 w_N1 = w_N[:, None].to(blend_ND.dtype)
             blend_ND = blend_ND + w_N1 * (hard_ND - blend_ND)
-        shown_BC = shown_to_reward(hidden.with_tokens(support.best()), is_end, guide.attend_eos)
+        shown_BC = shown_to_reward(hidden.with_tokens(support.best()), is_end, guide.attend_eos, guide.unseen_V)
         # The straight-through blend passes the gradient on to the soft embedding unchanged.
         found = reward_gradient(guide, blend_ND, known_BCD, hidden, shown_BC)
         candidates.ascend(torch.where(found.finite_N[:, None], found.g_ND / tau, 0.0), m)

@@ -6,6 +6,8 @@ METRICS = {
     "rewards/<name>/mean": "mean of one reward term, unweighted",
     "rewards/<name>/std": "standard deviation of that term over all rows",
     "rewards/<name>/failed": "calls of a Python reward that raised or took too long, on all ranks, evaluation included",
+    "rewards/<name>/cut": "texts too long for the reward model (`reward.max_length`), which were shown without the "
+    "beginning of their prompt, on all ranks, evaluation included",
     "frac_reward_zero_std": "fraction of groups whose rewards are all equal; they contribute nothing",
     "completions/mean_length": "mean tokens up to and including the first end token",
     "completions/min_length": "the shortest row, in tokens",
@@ -50,6 +52,7 @@ METRICS = {
     "eval/reward_std": "its standard deviation over samples",
     "eval/judge": "the same under the judge, which is never trained against",
     "eval/judge_std": "its standard deviation over samples",
+    "eval/judge_cut": "texts that were too long for the judge, and lost the beginning of their prompt",
     "eval/distinct_2": "distinct word pairs divided by all word pairs, over all eval completions",
     "eval/base_nll": "nats per token of those completions under the frozen base, at mask rates .25, .5, .75",
     "eval/kl": "their log-likelihood under the policy minus under the base, nats per token, at the same masks",
