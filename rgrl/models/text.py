@@ -8,7 +8,6 @@ import datetime
 import re
 from collections.abc import Sequence
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
@@ -17,6 +16,15 @@ from rgrl.errors import ConfigError
 BREAK = "\ufdd0"
 # The day that templates are told which ask for it: a rollout must not depend on when it was made.
 DAY = datetime.datetime(2025, 1, 1)
+# In Jinja, as transformers hands nothing but plain data to a template. What it writes by itself is nothing.
+_SAME_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(
+        f" | replace('{part}', '{DAY.strftime(part)}')"
+        for part in "%-d %-m %d %m %B %b %Y %y %A %a %H %I %M %S %p".split()
+    )
+    + " }}{% endmacro %}{{ '' }}"
+)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> list[str]:
@@ -64,11 +72,14 @@ def render(
     """
     if in_parts:
         turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]  # type: ignore[dict-item]
+    template = template_of(tokenizer)
+    if template is not None and "strftime_now" in template:
+        template = _SAME_DAY + template
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=answer, strftime_now=DAY.strftime
+            turns, chat_template=template, tokenize=False, add_generation_prompt=answer
         )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # a template is a program of somebody else's
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"the chat template of {tokenizer.name_or_path} cannot write these turns: {reason}"
