@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ["Hello", "Tell me at some length, please, what the second of these two prompts is about; it is longer."]
 COMPLETIONS = [" one", " of two answers, the longer one"]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the score, or of 1 if it is less
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # of the score, or of 1 if it is less
 
 # What architectures raise that were not made for what is asked of them.
 WHAT_A_MODEL_RAISES = (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, IndexError, KeyError)
