@@ -9,14 +9,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from rgrl.checkpoint.format import Progress, about, adapter_of, checkpoints, damage, read_file, unpack, versions
+from rgrl.checkpoint.format import Progress, about, checkpoints, damage, read_file, unpack, versions
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
 from rgrl.errors import ConfigError
 from rgrl.models import Policy
+from rgrl.models.adapter import fit_adapter, read_adapter
 from rgrl.models.fingerprint import differing_parts
 from rgrl.seeds import seed_globals, set_global_state
 
@@ -176,12 +175,8 @@ def warn_of_kinks(folder: Path, fingerprints: dict[str, Any]) -> None:
 def load_adapter(folder: Path, policy: Policy) -> None:
     """Load a checkpoint's adapter into the policy; every tensor must fit. Raises `ConfigError`."""
     assert policy.peft_model is not None
-    adapter = read_file(folder / "adapter" / "adapter_model.safetensors", load_file)
-    found = {(name, tuple(t.shape)) for name, t in adapter.items()}
-    own = adapter_of(policy)
-    if odd := sorted(found ^ {(name, tuple(t.shape)) for name, t in own.items()}):
-        raise ConfigError(f"cannot resume {folder}: its adapter does not fit this model (first difference: {odd[0]})")
-    set_peft_model_state_dict(policy.peft_model, adapter)
+    what = f"cannot resume {folder}: its adapter"
+    fit_adapter(policy.peft_model, read_adapter(folder / "adapter", what)[1], what)
 
 
 def load(

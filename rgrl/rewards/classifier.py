@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +21,7 @@ from transformers import (
 from rgrl.config import GuidanceConfig
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint
+from rgrl.models.adapter import merge_adapter
 from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
 from rgrl.models.text import guarded, token_ids, unseen_tokens
 from rgrl.rewards.bridge import bridge_embeddings
@@ -234,9 +234,7 @@ def load_classifier(
     model = _load_model(folder, path, dtype)
     identity = fingerprint(folder)
     if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ConfigError(f"`reward.adapter` {adapter}: no adapter_config.json there")
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = merge_adapter(model, Path(adapter), f"`reward.adapter` {adapter}")
         identity["adapter"] = adapter_fingerprint(Path(adapter))
     reward = ClassifierReward(model.to(device), tokenizer, name, identity, max_length)
     probe(reward)
