@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,22 +31,50 @@ def fetch_checkpoint(path: str, what: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold a checkpoint's weights, sorted: those of its index, or else all.
+    """Names of the safetensors files that hold a checkpoint's weights, sorted; empty where there are none.
 
-    Raises `ConfigError` for an index that cannot be read.
+    `model.safetensors` alone where it is there, or else the files of `model.safetensors.index.json`, as transformers
+    chooses. Other files are never read. Raises `ConfigError` for an index that is none or that leads out of the folder,
+    and for an adapter in the folder, which transformers would load in place of the weights.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model: move it to a folder of its own, or name "
+            "the folder of the base model and the adapter separately"
+        )
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(read_json(index)["weight_map"].values()))
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+    return sorted(set(read_index(index).values())) if index.is_file() else []
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name. Raises `ConfigError`."""
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ConfigError(f"{path} has no `weight_map` from tensors to files")
+    for name in places.values():
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{path} names {name!r}, which is not a safetensors file in that folder")
+    return places
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises `ConfigError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except ConfigError as error:
+        raise ConfigError(f"{path} {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not readable JSON") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a second value of a key would silently win."""
+    keys = [key for key, _ in pairs]
+    if twice := sorted(key for key in set(keys) if keys.count(key) > 1):
+        raise ConfigError(f"says `{twice[0]}` twice")
+    return dict(pairs)

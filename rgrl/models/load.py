@@ -1,50 +1,69 @@
 """Load a diffusion LM from its authors' checkpoint. No remote code is run, no pickle is opened."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.config import ModelConfig
 from rgrl.errors import ConfigError
-from rgrl.hub import fetch_checkpoint, read_json, weight_files
+from rgrl.hub import fetch_checkpoint, read_json
 from rgrl.models.families import Family, find_family
+from rgrl.models.families.fields import check_fields, fields_of
 from rgrl.models.fingerprint import fingerprint
 from rgrl.models.policy import Policy
+from rgrl.models.tokens import end_ids, find_mask
+from rgrl.models.weights import (
+    Stored,
+    check_finite,
+    check_floats,
+    check_unquantized,
+    find_weights,
+    layer_numbers,
+    read_tensors,
+)
 
 
 def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "cpu") -> Policy:
     """Load a checkpoint of a known family from a folder or the Hub, frozen and in evaluation mode.
 
-    A path alone means the default settings. Raises `ConfigError` for an unknown family, absent or ill-fitting weights,
-    or a tokenizer without a mask.
+    A path alone means the default settings. Raises `ConfigError` for an unknown family, a config that is not understood
+    to the last field, absent or ill-fitting weights, or a tokenizer without a mask (docs/loading.md).
     """
     if not isinstance(config, ModelConfig):
         config = ModelConfig(path=str(config))
     folder = fetch_checkpoint(config.path, "model.path")
     raw = read_json(folder / "config.json")
+    check_unquantized(raw, str(folder))
     family = find_family(raw.get("model_type"), config.family)
+    decoder = _make_config(family, raw, folder)
     tokenizer = _load_tokenizer(family, folder)
-    mask_id = raw.get("mask_token_id", tokenizer.mask_token_id)
-    if mask_id is None:
-        raise ConfigError(f"{folder}: neither config.json nor the tokenizer names a mask token")
-    if not 0 <= mask_id < len(tokenizer):
-        raise ConfigError(f"{folder}: the mask token {mask_id} is not among the tokenizer's {len(tokenizer)} tokens")
-    try:
-        decoder = family.make_config(raw)
-    except (TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"{folder / 'config.json'} does not describe a {family.name} model: {error}") from error
-    decoder.is_causal = False
-    weights = {family.rename(name): tensor for name, tensor in _read_weights(folder).items()}
-    causal_lm = _fill(family, decoder, weights, getattr(torch, config.dtype), folder)
+    mask_id = find_mask(raw, tokenizer, decoder.vocab_size, str(folder))
+    ends = end_ids(raw, tokenizer, str(folder))
+    names = check_fit(family, decoder, find_weights(folder, str(folder)), folder)
+    causal_lm = _fill(family, decoder, names, getattr(torch, config.dtype), folder)
     # Only now: what has just been read is in memory, so it comes faster than from the disk.
     identity = {"family": family.name} | fingerprint(folder)
     policy = Policy(causal_lm.to(device), tokenizer, family, mask_id, config.path, identity)
+    policy.end_ids += tuple(sorted(set(ends) - set(policy.end_ids)))
     return policy.requires_grad_(False).eval()
+
+
+def _make_config(family: Family, raw: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """The decoder's config, attending both ways. Every field of config.json counts, or is known not to."""
+    try:
+        decoder = family.make_config(raw)
+        check_fields(raw, family.fields or fields_of(decoder), family.name)
+    except (TypeError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{folder / 'config.json'} does not describe a {family.name} model that is supported: {reason}"
+        ) from error
+    decoder.is_causal = False
+    return decoder
 
 
 def _load_tokenizer(family: Family, folder: Path) -> PreTrainedTokenizerBase:
@@ -59,37 +78,79 @@ def _load_tokenizer(family: Family, folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder} has no tokenizer that reads as {family.name}'s") from error
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    names = weight_files(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise ConfigError(f"{folder} has no weights: expected {', '.join(missing) or 'model.safetensors'}")
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            weights.update(load_file(folder / name))
-        except SafetensorError as error:
-            raise ConfigError(f"{folder / name} is not a readable safetensors file: {error}") from error
-    return weights
+def check_fit(
+    family: Family, config: PreTrainedConfig, stored: dict[str, Stored], folder: Path
+) -> dict[str, tuple[str, Path]]:
+    """Compare file headers with what the config implies, before anything is built.
 
-
-def _fill(
-    family: Family, config: PreTrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path
-) -> PreTrainedModel:
-    tied = config.tie_word_embeddings
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
-    if tied:
-        expected.pop("lm_head.weight", None)
-        weights.pop("lm_head.weight", None)
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    Returns the stored name and the file of each tensor by its name in the model. Raises `ConfigError` for other layers,
+    tensors, shapes, formats than are implied, and for heads that do not divide.
+    """
+    names: dict[str, str] = {}
+    for name in sorted(stored):
+        if (own := family.rename(name)) in names:
+            raise ConfigError(f"{folder}: {names[own]} and {name} are both {own}")
+        if not own.endswith("rotary_emb.inv_freq"):  # made anew from the config
+            names[own] = name
+    # Layers first: it costs nothing, and the rest takes as long as there are layers.
+    _check_layers(config.num_hidden_layers, layer_numbers(names), folder)
+    expected = _shapes(family, config, folder)
+    head = "lm_head.weight"
+    if config.tie_word_embeddings and head not in names:
+        expected.pop(head, None)
+    if not config.tie_word_embeddings and head in expected and head not in names:
+        raise ConfigError(f"{folder}: the weights have no head, and config.json does not tie it to the embedding")
+    missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing or extra:
         raise ConfigError(
             f"{folder}: the weights don't fit config.json; {len(missing)} missing (first: {(missing or ['-'])[0]}), "
             f"{len(extra)} unknown (first: {(extra or ['-'])[0]})"
         )
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ConfigError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json implies {shape}")
+    for own, shape in expected.items():
+        if (found := stored[names[own]].shape) != shape:
+            raise ConfigError(f"{folder}: {names[own]} has shape {found}, config.json implies {shape}")
+    check_floats({name: stored[name] for name in names.values()}, str(folder))
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads or config.hidden_size % heads:
+        raise ConfigError(
+            f"{folder}: config.json has a width of {config.hidden_size}, {heads} heads and {kv_heads} of keys and "
+            "values; each must be a multiple of the next"
+        )
+    return {own: (name, stored[name].path) for own, name in names.items()}
+
+
+def _check_layers(number: int, found: set[int], folder: Path) -> None:
+    """Raise `ConfigError` unless the weights have the layers from 0 on that the config counts."""
+    if len(found) == number and max(found, default=-1) == number - 1:
+        return
+    absent = next(i for i in range(len(found) + 1) if i not in found)
+    told = f"; layer {absent} is missing" if max(found, default=-1) > absent else ""
+    raise ConfigError(f"{folder}: config.json has {number} layers and the weights {len(found)}{told}")
+
+
+def _shapes(family: Family, config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config implies, by its name in the model. Takes no memory."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
+    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
+
+
+def _fill(
+    family: Family, config: PreTrainedConfig, names: dict[str, tuple[str, Path]], dtype: torch.dtype, folder: Path
+) -> PreTrainedModel:
+    weights: dict[str, Tensor] = {}
+    for path in sorted({path for _, path in names.values()}):
+        tensors = read_tensors(path, str(folder))
+        check_finite(tensors, str(folder))
+        weights |= {own: tensors[name] for own, (name, file) in names.items() if file == path}
+    if config.tie_word_embeddings and (head := weights.pop("lm_head.weight", None)) is not None:
+        tables = [table for name, table in weights.items() if name.endswith("embed_tokens.weight")]
+        if not all(torch.equal(head, table) for table in tables):
+            raise ConfigError(
+                f"{folder}: config.json ties the head to the embedding, but {names['lm_head.weight'][0]} is another "
+                "matrix; untie it in config.json, or remove the tensor"
+            )
     return family.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)

@@ -1,13 +1,17 @@
 """Tensors in safetensors files: what the headers say, and values that are numbers."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rgrl.errors import ConfigError
+from rgrl.hub import read_index, weight_files
 
 # What a model's numbers may be stored as. All are cast to the dtype that is asked for, as transformers does.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -68,3 +72,50 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
         if not bool(total.isfinite()) and not bool(tensor.isfinite().all()):
             kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
             raise ConfigError(f"{what}: {name} holds {kind} values")
+
+
+def find_weights(folder: Path, what: str) -> dict[str, Stored]:
+    """The tensors of a checkpoint by name, from the headers of its files (`weight_files`). `what` begins errors.
+
+    Raises `ConfigError` for files that are missing, unreadable or cut, and where an index and its files disagree.
+    """
+    names = weight_files(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        told = f" ({pickles[0]} may be a pickle, which is never opened)" if pickles else ""
+        expected = ", ".join(missing) or "model.safetensors or model.safetensors.index.json"
+        raise ConfigError(f"{what} has no weights: expected {expected}{told}")
+    if names == ["model.safetensors"]:
+        return read_header(folder / names[0], f"{what} cannot be loaded")
+    places = read_index(folder / "model.safetensors.index.json")
+    found: dict[str, Stored] = {}
+    for file in names:
+        for tensor, stored in read_header(folder / file, f"{what} cannot be loaded").items():
+            if places.get(tensor) != file:
+                told = f"in {places[tensor]}" if tensor in places else "nowhere"
+                raise ConfigError(f"{what}: {tensor} is in {file}, and {told} by model.safetensors.index.json")
+            found[tensor] = stored
+    if absent := sorted(places.keys() - found.keys()):
+        raise ConfigError(
+            f"{what}: {absent[0]} is not in {places[absent[0]]}, as model.safetensors.index.json says "
+            f"({len(absent)} such tensors)"
+        )
+    return found
+
+
+def layer_numbers(names: Iterable[str]) -> set[int]:
+    """The numbers of the layers that tensors belong to: the first number in each name, as in `model.layers.3.mlp`."""
+    found = (re.search(r"(?:^|\.)(\d+)\.", name) for name in names)
+    return {int(number[1]) for number in found if number}
+
+
+def check_unquantized(raw: dict[str, Any], what: str) -> None:
+    """Refuse a config.json that says that the weights are not plain numbers. Raises `ConfigError`."""
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name):
+            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
+            raise ConfigError(
+                f"{what} is quantized (`{name}`{f': {method}' if method else ''} in config.json), which is not "
+                "supported: use the original checkpoint"
+            )

@@ -24,9 +24,11 @@ from rgrl.hub import fetch_checkpoint
 from rgrl.models.adapter import merge_adapter
 from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
 from rgrl.models.text import guarded, token_ids, unseen_tokens
+from rgrl.models.weights import check_finite
 from rgrl.rewards.bridge import bridge_embeddings
 from rgrl.rewards.frame import Frame, Framed
 from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
+from rgrl.rewards.honoured import check_reward, check_used
 from rgrl.rewards.probe import probe
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts
@@ -228,8 +230,7 @@ def load_classifier(
         raise ConfigError(f"reward model {path}: its config.json cannot be read: {error}") from error
     if config.num_labels != 1:
         raise ConfigError(f"reward model {path} has {config.num_labels} labels; a reward model has exactly 1")
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"reward model {path} has no weights: expected model.safetensors")
+    check_reward(folder, config, f"reward model {path}")
     tokenizer = _load_tokenizer(folder, path)
     model = _load_model(folder, path, dtype)
     identity = fingerprint(folder)
@@ -258,8 +259,6 @@ def _load_model(folder: Path, path: str | Path, dtype: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"reward model {path} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise ConfigError(
-            f"reward model {path} lacks the weights {sorted(info['missing_keys'])[0]} and so has no score"
-        )
+    check_used(model, info, f"reward model {path}")
+    check_finite(model.state_dict(), f"reward model {path}")
     return model

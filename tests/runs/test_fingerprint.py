@@ -117,6 +117,8 @@ def write_sparse(folder: Path, gigabytes: int, shards: int, tensors: int) -> Pat
     offsets = {f"t{i}": [i * size, (i + 1) * size] for i in range(tensors)}
     entries = {name: {"dtype": "BF16", "shape": [size // 2], "data_offsets": at} for name, at in offsets.items()}
     header = json.dumps(entries).encode()
+    places = {f"t{i}.{shard}": f"model-{shard}.safetensors" for i in range(tensors) for shard in range(shards)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     for shard in range(shards):
         with (folder / f"model-{shard}.safetensors").open("wb") as handle:
             handle.write(len(header).to_bytes(8, "little") + header)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
+from rgrl.models.families.fields import Fields
 
 
 def linear_head(causal_lm: PreTrainedModel, states: Tensor, vocab_size: int) -> Tensor:
@@ -30,6 +31,7 @@ class Family:
     shifted: bool  # the state at l-1 scores token l
     end_of_turn: str  # token that ends an answer, besides end-of-text, where the tokenizer has it
     chat_template: str  # used where the checkpoint has none
+    fields: Fields | None = None  # what config.json may hold; None: what the class that `make_config` makes has
     head: Callable[[PreTrainedModel, Tensor, int], Tensor] = linear_head  # model, states (..., H), V -> logits (..., V)
 
 

@@ -1,0 +1,100 @@
+"""A reward model's config and weights, compared before it is built: transformers ignores much of what does not fit."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+
+from rgrl.errors import ConfigError
+from rgrl.hub import read_json
+from rgrl.models.families.fields import METADATA, fields_of
+from rgrl.models.weights import Stored, check_floats, check_unquantized, find_weights
+
+# Buffers of fixed numbers that older checkpoints hold, made anew by transformers.
+_FIXED = re.compile(
+    r"(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|position_ids|token_type_ids|relative_position_index|"
+    r"masked_bias|attn\.bias|attention\.bias|attention\.rotary_emb\.\w+)$"
+)
+# Weights of another head on the same model, which a score does not pass through.
+_OTHER_HEADS = re.compile(
+    r"(^|\.)(lm_head|embed_out|cls|lm_predictions|mask_predictions|vocab_transform|vocab_layer_norm|vocab_projector|"
+    r"generator_predictions|discriminator_predictions|seq_relationship|pooler)\."
+)
+# Words in the names of fields that make another forward pass, in some architecture or other.
+_COUNTS = re.compile(
+    r"rope|rotary|window|scal|softcap|logit|alibi|norm|bias|multiplier|attention_type|layer_types|position_embedding|"
+    r"head_dim|kv_heads|parallel|activation|hidden_act|clip|experts|_tied|tie_|is_causal|bidirectional"
+)
+
+
+def check_reward(folder: Path, config: PreTrainedConfig, what: str) -> None:
+    """Compare config.json with transformers' class, and what this implies with the headers of the files.
+
+    `what` begins errors. Raises `ConfigError` for a field that changes a forward pass and that the class ignores, for
+    quantized weights, for tensors of another shape or of integers, and for more layers than there are.
+    """
+    raw = read_json(folder / "config.json")
+    check_unquantized(raw, what)
+    if raw.get("transformers_weights"):
+        raise ConfigError(f"{what}: `transformers_weights` in config.json is not supported; use model.safetensors")
+    _check_fields(raw, config, what)
+    stored = find_weights(folder, what)
+    check_floats({name: tensor for name, tensor in stored.items() if not _FIXED.search(name)}, what)
+    _check_shapes(config, stored, what)
+
+
+def _check_fields(raw: dict[str, Any], config: PreTrainedConfig, what: str) -> None:
+    known = fields_of(config).used | METADATA
+    for name, value in raw.items():
+        empty = value is None or value in (False, 0, 1.0, [], {}, "absolute")
+        if name not in known and not empty and _COUNTS.search(name):
+            raise ConfigError(
+                f"{what}: `{name}` ({str(value)[:60]}) in config.json is ignored by transformers' {config.model_type} "
+                "models; remove it if the model is meant to be without"
+            )
+
+
+def _check_shapes(config: PreTrainedConfig, stored: dict[str, Stored], what: str) -> None:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    # Some architectures share weights between layers, so this only keeps an absurd number from being built.
+    if isinstance(layers, int) and layers > 8 * len(stored) + 64:
+        raise ConfigError(f"{what}: config.json has {layers} layers, and the weights {len(stored)} tensors")
+    for name, shape in _shapes(config, what).items():
+        if name in stored and stored[name].shape != shape:
+            raise ConfigError(
+                f"{what} cannot be loaded: {name} has shape {stored[name].shape}, config.json implies {shape}"
+            )
+
+
+def _shapes(config: PreTrainedConfig, what: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config implies, by transformers' name. Takes no memory."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
+        raise ConfigError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_used(model: nn.Module, info: dict[str, Any], what: str) -> None:
+    """Raise `ConfigError` for weights that transformers had no place for (`info` of loading), or none to put there."""
+    if info["missing_keys"]:
+        raise ConfigError(f"{what} lacks the weights {sorted(info['missing_keys'])[0]} and so has no score")
+    left = [n for n in sorted(info["unexpected_keys"]) if not _FIXED.search(n) and not _OTHER_HEADS.search(n)]
+    if left:
+        raise ConfigError(
+            f"{what} holds the weights {left[0]}, which {type(model).__name__} has no place for ({len(left)} such)"
+        )
