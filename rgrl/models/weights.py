@@ -1,5 +1,7 @@
 """Tensors in safetensors files: what the headers say, and values that are numbers."""
 
+import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from rgrl.hub import read_index, weight_files
 
 # What a model's numbers may be stored as. All are cast to the dtype that is asked for, as transformers does.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LAYER_COUNTS = frozenset(
+    "num_hidden_layers n_layers n_layer num_layers encoder_layers decoder_layers num_decoder_layers".split()
+)
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 
 
 @dataclass(frozen=True)
@@ -27,16 +33,42 @@ class Stored:
 
 
 def read_header(path: Path, what: str | None = None) -> dict[str, Stored]:
-    """The tensors of one file by name, without reading them. `what` names the file's owner in errors.
+    """The tensors of one file by name, from a few KB of it. `what` names the file's owner in errors.
 
     Raises `ConfigError` for an unreadable or cut file.
     """
+    # Not by `safe_open`, which maps the whole file: a large one does not fit into some machines' address space.
     try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+                raise ValueError("its header is cut")
+            entries = json.loads(file.read(length))
+        return _entries(entries, path, size - 8 - length)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(_unreadable(path, what, error)) from error
+
+
+def _entries(entries: dict[str, Any], path: Path, room: int) -> dict[str, Stored]:
+    """Raises `ValueError` and others unless tensors lie one behind another and fill `room` bytes."""
+    found, spans = {}, []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype, (start, end) = tuple(entry["shape"]), str(entry["dtype"]), entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise ValueError(f"{name} has no shape")
+        if dtype in FLOATS and math.prod(shape) * FLOATS[dtype].itemsize != end - start:
+            raise ValueError(f"{name} is not as long as its shape")
+        found[name] = Stored(path, shape, dtype)
+        spans.append((start, end))
+    spans.sort()
+    if [start for start, _ in spans] != [0, *(end for _, end in spans)][: len(spans)]:
+        raise ValueError("there are gaps between its tensors")
+    if (end := max((end for _, end in spans), default=0)) != room:
+        raise ValueError(f"it holds {room} bytes of tensors and not {end}")
+    return found
 
 
 def read_tensors(path: Path, what: str | None = None) -> dict[str, Tensor]:
@@ -108,6 +140,19 @@ def layer_numbers(names: Iterable[str]) -> set[int]:
     """The numbers of the layers that tensors belong to: the first number in each name, as in `model.layers.3.mlp`."""
     found = (re.search(r"(?:^|\.)(\d+)\.", name) for name in names)
     return {int(number[1]) for number in found if number}
+
+
+def check_layer_count(raw: dict[str, Any], most: int, what: str) -> None:
+    """Refuse a config.json that counts more than `most` layers, before a class spends its time on them.
+
+    Raises `ConfigError`.
+    """
+    for config in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for name, value in config.items():
+            if name in _LAYER_COUNTS and type(value) is int and value > most:
+                raise ConfigError(
+                    f"{what}: `{name}` is {value} in config.json, and the weights have at most {most} layers"
+                )
 
 
 def check_unquantized(raw: dict[str, Any], what: str) -> None:

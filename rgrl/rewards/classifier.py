@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,7 +26,7 @@ from rgrl.models.weights import check_finite
 from rgrl.rewards.bridge import bridge_embeddings
 from rgrl.rewards.frame import Frame, Framed
 from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
-from rgrl.rewards.honoured import check_reward, check_used
+from rgrl.rewards.honoured import check_used, read_config
 from rgrl.rewards.probe import probe
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts
@@ -224,13 +222,7 @@ def load_classifier(
     score in a batch than alone.
     """
     folder = fetch_checkpoint(str(path), "reward model")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ConfigError(f"reward model {path}: its config.json cannot be read: {error}") from error
-    if config.num_labels != 1:
-        raise ConfigError(f"reward model {path} has {config.num_labels} labels; a reward model has exactly 1")
-    check_reward(folder, config, f"reward model {path}")
+    read_config(folder, f"reward model {path}")
     tokenizer = _load_tokenizer(folder, path)
     model = _load_model(folder, path, dtype)
     identity = fingerprint(folder)

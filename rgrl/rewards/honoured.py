@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 from rgrl.errors import ConfigError
 from rgrl.hub import read_json
 from rgrl.models.families.fields import METADATA, fields_of
-from rgrl.models.weights import Stored, check_floats, check_unquantized, find_weights
+from rgrl.models.weights import check_floats, check_layer_count, check_unquantized, find_weights
 
 # Buffers of fixed numbers that older checkpoints hold, made anew by transformers.
 _FIXED = re.compile(
@@ -32,20 +32,33 @@ _COUNTS = re.compile(
 )
 
 
-def check_reward(folder: Path, config: PreTrainedConfig, what: str) -> None:
-    """Compare config.json with transformers' class, and what this implies with the headers of the files.
+def read_config(folder: Path, what: str) -> PreTrainedConfig:
+    """The config of the reward model in `folder`, compared with the headers of its weights; `what` begins errors.
 
-    `what` begins errors. Raises `ConfigError` for a field that changes a forward pass and that the class ignores, for
-    quantized weights, for tensors of another shape or of integers, and for more layers than there are.
+    Raises `ConfigError` for a config that transformers cannot read, a field that changes a forward pass and that the
+    class ignores, quantized weights, tensors of another shape or of integers, and more layers than there are.
     """
     raw = read_json(folder / "config.json")
     check_unquantized(raw, what)
     if raw.get("transformers_weights"):
         raise ConfigError(f"{what}: `transformers_weights` in config.json is not supported; use model.safetensors")
-    _check_fields(raw, config, what)
     stored = find_weights(folder, what)
+    # Some architectures share weights between layers, so this only keeps an absurd number from being built.
+    check_layer_count(raw, 8 * len(stored) + 64, what)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        raise ConfigError(f"{what}: its config.json cannot be read: {error}") from error
+    if config.num_labels != 1:
+        raise ConfigError(f"{what} has {config.num_labels} labels; a reward model has exactly 1")
+    _check_fields(raw, config, what)
     check_floats({name: tensor for name, tensor in stored.items() if not _FIXED.search(name)}, what)
-    _check_shapes(config, stored, what)
+    for name, shape in _shapes(config, what).items():
+        if name in stored and stored[name].shape != shape:
+            raise ConfigError(
+                f"{what} cannot be loaded: {name} has shape {stored[name].shape}, config.json implies {shape}"
+            )
+    return config
 
 
 def _check_fields(raw: dict[str, Any], config: PreTrainedConfig, what: str) -> None:
@@ -56,18 +69,6 @@ def _check_fields(raw: dict[str, Any], config: PreTrainedConfig, what: str) -> N
             raise ConfigError(
                 f"{what}: `{name}` ({str(value)[:60]}) in config.json is ignored by transformers' {config.model_type} "
                 "models; remove it if the model is meant to be without"
-            )
-
-
-def _check_shapes(config: PreTrainedConfig, stored: dict[str, Stored], what: str) -> None:
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    # Some architectures share weights between layers, so this only keeps an absurd number from being built.
-    if isinstance(layers, int) and layers > 8 * len(stored) + 64:
-        raise ConfigError(f"{what}: config.json has {layers} layers, and the weights {len(stored)} tensors")
-    for name, shape in _shapes(config, what).items():
-        if name in stored and stored[name].shape != shape:
-            raise ConfigError(
-                f"{what} cannot be loaded: {name} has shape {stored[name].shape}, config.json implies {shape}"
             )
 
 
