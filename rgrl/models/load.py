@@ -101,9 +101,9 @@ def check_fit(
     head = "lm_head.weight"
     if config.tie_word_embeddings and head not in names:
         expected.pop(head, None)
-    if not config.tie_word_embeddings and head in expected and head not in names:
+    missing, extra = sorted(expected.keys() - names.keys()), sorted(names[n] for n in names.keys() - expected.keys())
+    if missing == [head]:
         raise ConfigError(f"{folder}: the weights have no head, and config.json does not tie it to the embedding")
-    missing, extra = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
     if missing or extra:
         raise ConfigError(
             f"{folder}: the weights don't fit config.json; {len(missing)} missing (first: {(missing or ['-'])[0]}), "
@@ -113,13 +113,20 @@ def check_fit(
         if (found := stored[names[own]].shape) != shape:
             raise ConfigError(f"{folder}: {names[own]} has shape {found}, config.json implies {shape}")
     check_floats({name: stored[name] for name in names.values()}, str(folder))
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads or config.hidden_size % heads:
-        raise ConfigError(
-            f"{folder}: config.json has a width of {config.hidden_size}, {heads} heads and {kv_heads} of keys and "
-            "values; each must be a multiple of the next"
-        )
+    _check_heads(config, folder)
     return {own: (name, stored[name].path) for own, name in names.items()}
+
+
+def _check_heads(config: PreTrainedConfig, folder: Path) -> None:
+    """Raise `ConfigError` for heads that do not divide what they must, although shapes fit."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size / heads
+    if heads % kv_heads or width % 2:  # rotary positions take a head's numbers in pairs
+        raise ConfigError(
+            f"{folder}: config.json has {heads} heads of {width:g} numbers and {kv_heads} heads of keys and values; "
+            "the first must be a multiple of the last, and a head's numbers even"
+        )
 
 
 def _check_layers(number: int, found: set[int], folder: Path) -> None:

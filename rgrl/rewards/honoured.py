@@ -27,8 +27,8 @@ _OTHER_HEADS = re.compile(
 )
 # Words in the names of fields that make another forward pass, in some architecture or other.
 _COUNTS = re.compile(
-    r"rope|rotary|window|scal|softcap|logit|alibi|norm|bias|multiplier|attention_type|layer_types|position_embedding|"
-    r"head_dim|kv_heads|parallel|activation|hidden_act|clip|experts|_tied|tie_|is_causal|bidirectional"
+    r"rope|rotary|(?<!max_)window|scal|softcap|logit|alibi|norm|bias|multiplier|attention_type|layer_types|"
+    r"position_embedding|head_dim|kv_heads|parallel_residual|^activation|hidden_act|clip|experts|tie_|bidirectional"
 )
 
 

@@ -363,6 +363,10 @@ REFUSED: list[tuple[str, str, dict, list[str]]] = [
     ("two kinds", "dream", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, ["linear"]),
     ("no factor", "dream", {"rope_scaling": {"rope_type": "linear"}}, ["`rope_scaling`", "lacks `factor`"]),
     ("odd factor", "dream", {"rope_scaling": {"type": "linear", "factor": "2"}}, ["`rope_scaling.factor`", '"2"']),
+    ("small factor", "dream", {"rope_scaling": {"type": "linear", "factor": 0.5}}, ["`rope_scaling.factor` is 0.5"]),
+    ("turned factors", "dream", {"rope_scaling": {**LLAMA3, "low_freq_factor": 9.0}}, ["must be below", "(4.0)"]),
+    ("half a position", "dream", {"rope_scaling": {**YARN, "original_max_position_embeddings": 16.5}}, ["is 16.5"]),
+    ("narrow heads", "dream", {"num_attention_heads": 32, "num_key_value_heads": 16}, ["32 heads of 1 numbers"]),
     ("a key more", "dream", {"rope_parameters": {"rope_type": "default", "factor": 2.0}}, ["`rope_parameters.factor`"]),
     ("by layer", "dream", {"rope_parameters": {"full_attention": {}}}, ["`rope_parameters.full_attention`"]),
     ("no object", "dream", {"rope_scaling": "linear"}, ["`rope_scaling`", "expected an object"]),
@@ -378,7 +382,7 @@ REFUSED: list[tuple[str, str, dict, list[str]]] = [
     ("text for a number", "dream", {"rms_norm_eps": "1e-6"}, ['`rms_norm_eps` is "1e-6"']),
     ("half a layer", "dream", {"num_hidden_layers": 2.0}, ["`num_hidden_layers` is 2.0"]),
     ("true heads", "llada", {"n_heads": True}, ["`n_heads` is true"]),
-    ("tied by a word", "llada", {"weight_tying": "no"}, ["tie_word_embeddings"]),
+    ("tied by a word", "llada", {"weight_tying": "no"}, ['`weight_tying` is "no"']),
     ("two ties", "llada", {"tie_word_embeddings": True}, ["`weight_tying` and `tie_word_embeddings` disagree"]),
     ("LLaDA scaled", "llada", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["`rope_scaling`", "linear"]),
     ("LLaDA scaled anew", "llada", {"rope_parameters": YARN}, ["`rope_parameters`", "yarn"]),
@@ -540,6 +544,12 @@ WEIGHTS: list[tuple[str, int, Spoil, list[str]]] = [
     ),
     ("no head", 1, in_model(lambda t: t.pop("lm_head.weight")), ["no head", "does not tie it"]),
     ("no embedding", 1, in_model(lambda t: t.pop("model.embed_tokens.weight")), ["missing", "embed_tokens"]),
+    (
+        "another prefix",
+        1,
+        in_model(lambda t: [t.update({"x." + k: t.pop(k)}) for k in list(t)]),
+        ["27 unknown", "x.lm_"],
+    ),
     ("a tensor more", 1, in_model(lambda t: t.update({"model.norm.bias": torch.ones(32)})), ["unknown", "norm.bias"]),
     ("a scale more", 1, in_model(lambda t: t.update({"model.layers.1.mlp.up_proj.scale": torch.ones(1)})), ["scale"]),
     ("a layer less", 1, in_model(renamed("layers.0.mlp.up", "layers.9.mlp.up")), ["2 layers and the weights 3"]),
@@ -623,7 +633,7 @@ def test_weights_are_not_read_before_they_fit(tmp_path):
     with (folder / MODEL).open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.truncate(8 + len(text) + size)
-    refused(lambda: load_policy(folder), ["the weights have no head"])
+    refused(lambda: load_policy(folder), ["don't fit config.json"])
 
 
 # -------------------------------------------------------------------------------------------------- reward models

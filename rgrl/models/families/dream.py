@@ -10,16 +10,17 @@ from transformers.activations import ACT2FN
 
 from rgrl.errors import ConfigError
 from rgrl.models.families.base import Family, require
-from rgrl.models.families.fields import Fields, check_sizes, positive, rope_parameters, words
+from rgrl.models.families.fields import Fields, check_sizes, flag, positive, rope_parameters, words
 
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "max_position_embeddings"
 ).split()
-_PASSED_ON = (*_SIZES, "hidden_act", "tie_word_embeddings", "pad_token_id", "eos_token_id", "bos_token_id")
+_PASSED_ON = (*_SIZES, "hidden_act", "pad_token_id", "eos_token_id", "bos_token_id")
 _FIELDS = Fields(
     used=words(
-        " ".join(_PASSED_ON), "rms_norm_eps rope_theta rope_scaling rope_parameters mask_token_id head_dim layer_types"
+        " ".join(_PASSED_ON),
+        "tie_word_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters mask_token_id head_dim layer_types",
     ),
     harmless=words("sliding_window max_window_layers"),  # without `use_sliding_window`
     only={
@@ -37,19 +38,20 @@ def _dream_config(config: dict[str, Any]) -> PreTrainedConfig:
     require(
         config, ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"), "Dream"
     )
-    check_sizes(config, _SIZES, "Dream")
+    check_sizes(config, _SIZES)
     width = config["hidden_size"] // config["num_attention_heads"]
     if config.get("head_dim") not in (None, width):
         raise ConfigError(f"`head_dim` is {config['head_dim']}; Dream's is hidden_size / num_attention_heads, {width}")
     kinds = config.get("layer_types")
     if kinds is not None and kinds != ["full_attention"] * config["num_hidden_layers"]:
         raise ConfigError('`layer_types` must be "full_attention" for each layer of a Dream model')
-    if config.get("hidden_act", "silu") not in ACT2FN:
+    if (config.get("hidden_act") or "silu") not in ACT2FN:
         raise ConfigError(f"`hidden_act` is {config['hidden_act']!r}, which transformers does not know")
     if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
         config = config | {"num_key_value_heads": config["num_attention_heads"]}
     return Qwen2Config(
         **{name: config[name] for name in _PASSED_ON if config.get(name) is not None},
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
         rms_norm_eps=positive(config, "rms_norm_eps", 1e-6),
         rope_parameters=rope_parameters(config, "Dream"),
     )

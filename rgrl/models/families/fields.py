@@ -105,12 +105,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_sizes(raw: Mapping[str, Any], names: Iterable[str], family: str) -> None:
+def check_sizes(raw: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise `ConfigError` unless fields that are set are whole numbers of at least 1."""
     for name in names:
         value = raw.get(name)
         if value is not None and not (type(value) is int and 1 <= value < 2**31):
             raise ConfigError(f"`{name}` is {_shown(value)}; expected a whole number of at least 1")
+
+
+def flag(raw: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is not set. Raises `ConfigError`."""
+    value = raw.get(name)
+    if value not in (None, True, False) or type(value) in (int, float):
+        raise ConfigError(f"`{name}` is {_shown(value)}; expected true or false")
+    return bool(value)
 
 
 def positive(raw: Mapping[str, Any], name: str, default: float) -> float:
@@ -161,11 +169,17 @@ def _read_rope(place: str, given: Any, family: str, kinds: tuple[str, ...]) -> d
         if name not in (*needed, *optional, "rope_theta"):
             raise ConfigError(f"`{place}.{name}` ({_shown(value)}) is not known for kind {kind!r}")
         if name == "truncate":
-            if type(value) is not bool:
-                raise ConfigError(f"`{place}.truncate` is {_shown(value)}; expected true or false")
+            flag({f"{place}.truncate": value}, f"{place}.truncate")
+        elif name == "original_max_position_embeddings":
+            check_sizes({f"{place}.{name}": value}, [f"{place}.{name}"])
         else:
             positive({f"{place}.{name}": value}, f"{place}.{name}", 1.0)
         read[name] = value
+    for less, more in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if less in read and more in read and not read[less] < read[more]:
+            raise ConfigError(f"`{place}.{less}` ({read[less]}) must be below `{place}.{more}` ({read[more]})")
+    if read.get("factor", 1) < 1:
+        raise ConfigError(f"`{place}.factor` is {read['factor']}; expected at least 1")
     if missing := [name for name in needed if name not in read]:
         raise ConfigError(f"`{place}` of kind {kind!r} lacks `{missing[0]}`")
     return read

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from rgrl.errors import ConfigError
 from rgrl.models.families.base import Family, require
-from rgrl.models.families.fields import Fields, check_sizes, positive, rope_parameters, words
+from rgrl.models.families.fields import Fields, check_sizes, flag, positive, rope_parameters, words
 
 _SIZES = "vocab_size d_model n_heads n_kv_heads n_layers mlp_hidden_size max_sequence_length".split()
 _FIELDS = Fields(
@@ -50,11 +50,11 @@ _FIELDS = Fields(
 
 def _llada_config(config: dict[str, Any]) -> PreTrainedConfig:
     require(config, ("d_model", "n_heads", "n_layers", "mlp_hidden_size"), "LLaDA")
-    check_sizes(config, _SIZES, "LLaDA")
+    check_sizes(config, _SIZES)
     rows = config.get("embedding_size") or config.get("vocab_size")
-    check_sizes({"embedding_size": rows}, ("embedding_size",), "LLaDA")
+    check_sizes({"embedding_size": rows}, ("embedding_size",))
     require({"vocab_size": rows}, ("vocab_size",), "LLaDA")
-    tied = False if config.get("weight_tying") is None else config["weight_tying"]
+    tied = flag(config, "weight_tying")
     if config.get("tie_word_embeddings", tied) not in (None, tied):
         raise ConfigError("`weight_tying` and `tie_word_embeddings` disagree")
     return LlamaConfig(
