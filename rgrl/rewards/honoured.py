@@ -1,14 +1,16 @@
 """A reward model's config and weights, compared before it is built: transformers ignores much of what does not fit."""
 
 import copy
+import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rgrl.errors import ConfigError
 from rgrl.hub import read_json
@@ -25,6 +27,7 @@ _OTHER_HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|cls|lm_predictions|mask_predictions|vocab_transform|vocab_layer_norm|vocab_projector|"
     r"generator_predictions|discriminator_predictions|seq_relationship|pooler)\."
 )
+_UNBUILT = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
 # Words in the names of fields that make another forward pass, in some architecture or other.
 _COUNTS = re.compile(
     r"rope|rotary|(?<!max_)window|scal|softcap|logit|alibi|norm|bias|multiplier|attention_type|layer_types|"
@@ -51,43 +54,40 @@ def read_config(folder: Path, what: str) -> PreTrainedConfig:
         raise ConfigError(f"{what}: its config.json cannot be read: {error}") from error
     if config.num_labels != 1:
         raise ConfigError(f"{what} has {config.num_labels} labels; a reward model has exactly 1")
-    _check_fields(raw, config, what)
     check_floats({name: tensor for name, tensor in stored.items() if not _FIXED.search(name)}, what)
-    for name, shape in _shapes(config, what).items():
-        if name in stored and stored[name].shape != shape:
+    model = _skeleton(config, what)
+    _check_fields(raw, model, what)
+    for name, tensor in model.state_dict().items():
+        if name in stored and stored[name].shape != tuple(tensor.shape):
             raise ConfigError(
-                f"{what} cannot be loaded: {name} has shape {stored[name].shape}, config.json implies {shape}"
+                f"{what} cannot be loaded: {name} has shape {stored[name].shape}, config.json implies "
+                f"{tuple(tensor.shape)}"
             )
     return config
 
 
-def _check_fields(raw: dict[str, Any], config: PreTrainedConfig, what: str) -> None:
-    known = fields_of(config).used | METADATA
+def _check_fields(raw: dict[str, Any], model: PreTrainedModel, what: str) -> None:
+    known, source = fields_of(model.config).used | METADATA, ""
     for name, value in raw.items():
         empty = value is None or value in (False, 0, 1.0, [], {}, "absolute")
-        if name not in known and not empty and _COUNTS.search(name):
+        if name in known or empty or not _COUNTS.search(name):
+            continue
+        # Some fields are no part of a config, and are read where there is one.
+        source = source or inspect.getsource(sys.modules[type(model).__module__])
+        if not re.search(rf"\b{re.escape(name)}\b", source):
             raise ConfigError(
-                f"{what}: `{name}` ({str(value)[:60]}) in config.json is ignored by transformers' {config.model_type} "
-                "models; remove it if the model is meant to be without"
+                f"{what}: `{name}` ({str(value)[:60]}) in config.json is ignored by {type(model).__name__}; remove it "
+                "if the model is meant to be without"
             )
 
 
-def _shapes(config: PreTrainedConfig, what: str) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that the config implies, by transformers' name. Takes no memory."""
+def _skeleton(config: PreTrainedConfig, what: str) -> PreTrainedModel:
+    """The model without its numbers. Takes no memory."""
     try:
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+            return AutoModelForSequenceClassification.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except _UNBUILT as error:
         raise ConfigError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_used(model: nn.Module, info: dict[str, Any], what: str) -> None:
