@@ -43,10 +43,10 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     stored = find_weights(folder, str(folder))
     check_layer_count(raw, len(layer_numbers(map(family.rename, stored))), str(folder))
     decoder = _make_config(family, raw, folder)
+    names = check_fit(family, decoder, stored, folder)
     tokenizer = _load_tokenizer(family, folder)
     mask_id = find_mask(raw, tokenizer, decoder.vocab_size, str(folder))
     ends = end_ids(raw, tokenizer, str(folder))
-    names = check_fit(family, decoder, stored, folder)
     causal_lm = _fill(family, decoder, names, getattr(torch, config.dtype), folder)
     # Only now: what has just been read is in memory, so it comes faster than from the disk.
     identity = {"family": family.name} | fingerprint(folder)
