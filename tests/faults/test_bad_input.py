@@ -442,6 +442,7 @@ def test_a_reward_is_found_in_the_folder_that_a_run_is_started_from(case, refuse
 @pytest.mark.parametrize(("rank", "local_rank", "lines"), [(0, 0, 1), (1, 1, 0), (8, 0, 1)])
 def test_errors_are_printed_once_a_machine(case, refuse, monkeypatch, rank, local_rank, lines):
     case.put("run.steps", -1)
+    monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     assert len(refuse(case)) == lines
