@@ -8,6 +8,7 @@ from rgrl.algo.corrections import exact
 from rgrl.config import Config
 from rgrl.models import Policy
 from rgrl.models.lora import adapter_parameters
+from rgrl.models.quantize import full_size
 from rgrl.rewards import ClassifierReward
 from rgrl.setup import Run
 
@@ -44,8 +45,10 @@ def processes(accelerator: Accelerator) -> str:
 def policy(model: Policy, config: Config) -> str:
     """The policy's family and size, and how much of it is trained."""
     trained = sum(p.numel() for p in adapter_parameters(model).values())
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    frozen = sum(full_size(p) for p in model.parameters()) - trained
     dtype = "" if config.model.dtype == "float32" else f" in {config.model.dtype}"
+    if config.model.quantize != "none":
+        dtype += f", layers in {config.model.quantize}"
     size = f"{short(frozen)} parameters{dtype}, {short(trained)} trainable (LoRA r {config.lora.r})"
     return f"policy {model.family.name}, {size}"
 

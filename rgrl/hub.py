@@ -1,6 +1,7 @@
 """Checkpoint folders: local ones as they are, others from the Hugging Face Hub."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,43 @@ from rgrl.errors import ConfigError
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
-def fetch_checkpoint(path: str, what: str) -> Path:
+def fetch_checkpoint(path: str, what: str, revision: str | None = None) -> Path:
     """A local checkpoint folder, or a Hub id downloaded (weights in safetensors only). `what` names it in errors.
 
-    Raises `ConfigError` if `path` is neither.
+    `revision` is a branch, tag or commit of the Hub (None: its main branch). Raises `ConfigError` if `path` is neither,
+    and for a revision of a local folder.
     """
     folder = Path(path)
     if folder.exists():
+        if revision is not None:
+            raise ConfigError(
+                f"{what} {path} is a folder, and only a checkpoint of the Hub has a revision ({revision}): set the "
+                "revision to null"
+            )
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{what} {path} has no config.json; expected a checkpoint folder")
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(f"{what} {path}: no such folder")
     try:
-        return Path(snapshot_download(path, allow_patterns=_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{what} {path}: neither a folder nor found on the Hub ({type(error).__name__})") from error
+        pinned = "" if revision is None else f" at revision {revision}"
+        raise ConfigError(
+            f"{what} {path}: neither a folder nor found on the Hub{pinned} ({type(error).__name__})"
+        ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot of the Hub, as its cache lays it out; None for any other folder."""
+    resolved = folder.resolve()
+    snapshot = resolved.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", resolved.name)
+    return resolved.name if snapshot else None
+
+
+def resolved_revision(path: str, revision: str | None, commit: str | None) -> str | None:
+    """What pins the checkpoint that was loaded from `path`: its `commit`, if it came from the Hub."""
+    return commit or revision if not Path(path).exists() else None
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,14 +10,15 @@ import torch
 from accelerate import Accelerator
 
 from rgrl.algo import Algorithm, resolve_algorithm
-from rgrl.config import Config, GuidanceConfig, JudgeConfig
+from rgrl.config import Config, GuidanceConfig, JudgeConfig, ModelConfig
 from rgrl.console import warn
 from rgrl.data import PromptStream, fingerprint, load_prompts
 from rgrl.errors import ConfigError
 from rgrl.evaluation import Evaluator
 from rgrl.evaluation.held_out import HeldOut
+from rgrl.hub import resolved_revision
 from rgrl.models import Policy, add_lora, load_policy
-from rgrl.models.lora import adapter_parameters, check_gradients
+from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
 from rgrl.models.readout import READOUTS, Places, Readout, token_logp
 from rgrl.plugins import resolve
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
@@ -61,7 +62,10 @@ class Run:
 
 
 def set_up(config: Config, accelerator: Accelerator) -> Run:
-    """Load every component and check what the settings alone cannot tell. Raises `ConfigError`."""
+    """Load every component and check what the settings alone cannot tell. Raises `ConfigError`.
+
+    `Run.config` says what was found: commits of the Hub, and the names of the layers to adapt.
+    """
     device = accelerator.device
     # Nothing here uses the global generators, but a user's own reward or objective may.
     seed_globals(config.run.seed, 0, accelerator.process_index)
@@ -72,6 +76,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
         every = load_prompts(config.data.eval_path, config.data)
         eval_prompts = every.take(list(range(min(config.data.eval_prompts, len(every)))))
     size = shard_size(os.environ, accelerator.num_processes)
+    check_sharing(config.model, size)
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
@@ -87,6 +92,8 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
                 f"reward model {model.name}: only plain text stands between prompt and answer, so a completion can "
                 "write a turn of its own; read some samples"
             )
+    models = policy, rewards, guide_model, judge
+    config = resolved(config, *models)
     add_lora(policy, config.lora, config.run.seed).eval()
     if size > 1:
         accelerator.wait_for_everyone()  # times out if a process could not load something
@@ -98,7 +105,6 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     parameters = list(adapter_parameters(policy).values())
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
-    models = policy, rewards, guide_model, judge
     fingerprints = take_fingerprints(
         {"model": policy, "reward": rewards.model, "guide": guide_model, "judge": judge}, prompts, eval_prompts
     )
@@ -113,7 +119,41 @@ def load_judge(config: JudgeConfig, device: torch.device) -> ClassifierReward | 
     """The judge, if there is one."""
     if config.path is None:
         return None
-    return load_classifier(config.path, device, config.dtype, name="judge", max_length=config.max_length)
+    c = config
+    return load_classifier(c.path, device, c.dtype, name="judge", max_length=c.max_length, revision=c.revision)
+
+
+def check_sharing(model: ModelConfig, size: int) -> None:
+    """Raise `ConfigError` for what does not work where `size` processes share the frozen layers (FSDP2)."""
+    for name, value in (("quantize", model.quantize), ("attn_implementation", model.attn_implementation)):
+        if size > 1 and value not in ("none", "sdpa", "eager"):
+            raise ConfigError(
+                f"`model.{name}: {value}` does not work where processes share the frozen layers (FSDP2): launch with "
+                f"launch/ddp.yaml, or leave `model.{name}` out"
+            )
+
+
+def resolved(
+    config: Config,
+    policy: Policy,
+    rewards: Rewards,
+    guide_model: ClassifierReward | None,
+    judge: ClassifierReward | None,
+) -> Config:
+    """The settings with what they left open as it was found, so that a run from them has the same models anywhere."""
+
+    def pin(path: str | None, revision: str | None, model: Policy | ClassifierReward | None) -> str | None:
+        return resolved_revision(path, revision, model.fingerprint.get("commit")) if path and model else revision
+
+    m, r, g, j = config.model, config.reward, config.guidance, config.judge
+    return replace(
+        config,
+        model=replace(m, revision=pin(m.path, m.revision, policy)),
+        lora=replace(config.lora, targets=expand_targets(policy, config.lora.targets)),
+        reward=replace(r, revision=pin(r.path, r.revision, rewards.model)),
+        guidance=replace(g, revision=pin(g.path, g.revision, guide_model)),
+        judge=replace(j, revision=pin(j.path, j.revision, judge)),
+    )
 
 
 def take_fingerprints(

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from rgrl.checkpoint import (
+    MODEL,
     Progress,
     Saver,
     check_compatible,
@@ -56,7 +57,9 @@ def train(config: Config) -> Path:
         if resume is not None:
             check_compatible(resume, config, accelerator.num_processes)
         run, progress = set_up(config, accelerator), Progress()
+        config = run.config
         if resume is not None:
+            check_compatible(resume, config, None, ("lora.targets",))
             check_model(resume, run.policy)
             check_data(resume, run.fingerprints)
             if accelerator.is_main_process:
@@ -316,11 +319,12 @@ def open_checkpoint(config: Config) -> Run:
     folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:
         # Another alpha would fit, and be another policy.
-        check_compatible(folder, config, None, ("model.dtype", "lora"))
+        check_compatible(folder, config, None, MODEL)
     run = set_up(config, accelerator)
     if run.eval_prompts is None:
         raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
     if folder is not None:
+        check_compatible(folder, run.config, None, ("lora.targets",))
         check_model(folder, run.policy)
         load_adapter(folder, run.policy)
     if run.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from rgrl.checkpoint.format import Progress, checkpoints, damage
 from rgrl.checkpoint.resume import (
+    MODEL,
     check_compatible,
     check_data,
     check_model,
@@ -14,6 +15,7 @@ from rgrl.checkpoint.resume import (
 from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot, write
 
 __all__ = [
+    "MODEL",
     "Progress",
     "Saver",
     "Snapshot",

@@ -22,7 +22,8 @@ from rgrl.seeds import seed_globals, set_global_state
 # Settings that a resumed run must share with its earlier part: it could not go on from the same state, or would be
 # another experiment in the same curve. Models and data are compared by content, not by where they lie. Everything else
 # may change, as a user who changes a rate, a reward or guidance in the middle of a run means to.
-_FIXED = ("model.dtype", "lora", "rollout.num_generations", "run.seed")
+MODEL = ("model.dtype", "model.quantize", "model.mask_token", "model.shifted", "lora")
+_FIXED = (*MODEL, "rollout.num_generations", "run.seed")
 
 
 def check_writable(output_dir: Path) -> None:
@@ -94,6 +95,8 @@ def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tupl
         keys = (*keys, "model.path")
     # A setting younger than the checkpoint had its default.
     before, now = _leaves(to_dict(Config()), keys) | _leaves(saved, keys), _leaves(to_dict(config), keys)
+    if "auto" in config.lora.targets:  # compared again once the model says what that is
+        before["lora.targets"] = now.get("lora.targets")
     changed = [
         f"`{key}` was {before.get(key)} and is now {now.get(key)}"
         for key in {**before, **now}

@@ -26,6 +26,7 @@ _WHOLE = re.compile(rf"[-+]?(0|(?!0){_DIGITS})")
 _NUMBER = re.compile(rf"[-+]?({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})(e[-+]?{_DIGITS})?", re.IGNORECASE)
 _ODD = re.compile(r"[-+]?(0[0-9_]+|0[xob].*|[0-9_]+(:[0-9_.]+)+)", re.IGNORECASE)
 _INFINITE = re.compile(r"([-+]?)\.?inf(inity)?", re.IGNORECASE)
+_REVISION = re.compile(r"[A-Za-z0-9_][-+.\w/@]*")
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -124,11 +125,20 @@ def read_path(value: Any) -> str:
     return text
 
 
+def read_revision(value: Any) -> str:
+    """The name of a branch or tag, or a commit, as git allows them. Raises `ValueError` with what was expected."""
+    text = read_text(value)
+    if not _REVISION.fullmatch(text) or ".." in text or "//" in text or text.endswith("/") or len(text) > 255:
+        raise ValueError("a branch, tag or commit of the Hub")
+    return text
+
+
 Whole = Annotated[int, BeforeValidator(read_whole)]
 Infinite = Annotated[float, BeforeValidator(read_number)]  # a number, or infinity
 Number = Annotated[Infinite, AllowInfNan(False)]
 Flag = Annotated[bool, BeforeValidator(read_flag)]
 Text = Annotated[str, BeforeValidator(read_text)]
 PathText = Annotated[str, BeforeValidator(read_path)]
+Revision = Annotated[str, BeforeValidator(read_revision)]
 # A setting that may have no value: `Maybe[Text]`.
 Maybe = Annotated[T | None, BeforeValidator(lambda value: None if isinstance(value, Null) else value)]

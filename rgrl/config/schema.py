@@ -5,17 +5,20 @@ one of another section is in rules.py. A section that is made with a bad value r
 """
 
 import dataclasses
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from rgrl.config.explain import short
 from rgrl.config.kinds import (
     Flag,
     Infinite,
     Maybe,
     Number,
     PathText,
+    Revision,
     Text,
     Whole,
     section,
@@ -24,16 +27,45 @@ from rgrl.errors import ConfigError
 
 # Far beyond what anybody needs. A larger number is a slip, and would hang a run or fill its memory.
 MANY = 10**9
+FAMILIES = ("auto", "dream", "llada", "a2d")  # those of rgrl.models.families, which needs torch
 
 
 @section("model")
 class ModelConfig:
     path: PathText = ""
     """Folder or Hub id of the diffusion LM, in its authors' checkpoint format. Required."""
+    revision: Maybe[Revision] = None
+    """Branch, tag or commit of a checkpoint of the Hub. None: its main branch. The run's `config.yaml` names the commit
+    that was loaded."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the frozen base weights. The adapter is always float32."""
-    family: Literal["auto", "dream", "llada"] = "auto"
-    """Model family; `auto` reads `model_type` from the checkpoint's config.json."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Store the linear layers of the frozen decoder in 4 bits (`nf4`, with doubly quantized scales, as QLoRA) or 8
+    (`int8`), and compute in `dtype`. The embedding, the head and the adapter stay as they are. Needs bitsandbytes
+    (`pip install -e ".[quantize]"`). Paper: 4 bits."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel, by transformers' name. Flash attention needs its own package, a GPU and `dtype: bfloat16`."""
+    family: Text = "auto"
+    """Model family: `dream`, `llada`, `a2d` (an autoregressive checkpoint turned diffusion: Qwen2, Qwen3, Llama), or
+    your own by dotted path `package.module:attribute` (docs/families.md). `auto`: what config.json says."""
+    mask_token: Maybe[Text] = None
+    """The token that hides a place, as text, such as `<|mask|>`: one that was added to the tokenizer. None: what
+    config.json or the tokenizer names."""
+    end_token: Maybe[Text] = None
+    """The token that ends an answer, besides end-of-text, as text. None: the family's, such as `<|im_end|>`, where the
+    tokenizer has it."""
+    shifted: Maybe[Flag] = None
+    """Whether the output before a token scores it, as in the autoregressive model that it may come from; otherwise the
+    output at its own place does. A checkpoint does not say. None: as the family does (`dream` and `a2d`: true, `llada`:
+    false). A2D models of dllm: what they were trained with as `right_shift_logits`."""
+
+    def __post_init__(self) -> None:
+        if ":" not in self.family and self.family not in FAMILIES:
+            raise ConfigError(
+                f"`model.family` must be one of {', '.join(FAMILIES)}, or package.module:attribute, not "
+                f"{short(self.family)}"
+            )
+        check_pinned("model", self.path, self.revision)
 
 
 @section("lora")
@@ -44,10 +76,17 @@ class LoraConfig:
     """Scale; the update is multiplied by alpha / r. RGRL paper: 32."""
     dropout: Annotated[Number, Ge(0), Lt(1)] = 0.0
     """Probability in 0 ... 1. Paper: 0.1."""
-    targets: Annotated[list[Text], MinLen(1)] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """Names of the linear layers to adapt; each must match at least one layer."""
+    targets: Annotated[list[Text], MinLen(1)] = field(default_factory=lambda: ["auto"])
+    """Linear layers to adapt: `auto` (all that the family has besides its head), names (`q_proj`, or the end of a path
+    such as `0.self_attn.q_proj`), or regular expressions of a layer's whole path (`.*layers\\.[0-3]\\..*_proj`). Each
+    must match at least one layer, and none the head or the embedding."""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ConfigError(f"`lora.targets`: {target!r} is not a regular expression: {error}") from None
 
 
 @section("data")
@@ -71,6 +110,8 @@ class DataConfig:
 class RewardConfig:
     path: Maybe[PathText] = None
     """Folder or Hub id of an `AutoModelForSequenceClassification` checkpoint with one label."""
+    revision: Maybe[Revision] = None
+    """Its branch, tag or commit on the Hub, as `model.revision`."""
     adapter: Maybe[PathText] = None
     """LoRA adapter of that model, merged when it is loaded."""
     name: Text = "model"
@@ -97,15 +138,23 @@ class RewardConfig:
     attend_eos: Flag = False
     """Whether the end-of-text token itself is shown to the guide. False agrees with scoring decoded text."""
 
+    def __post_init__(self) -> None:
+        check_pinned("reward", self.path, self.revision)
+
 
 @section("judge")
 class JudgeConfig:
     path: Maybe[PathText] = None
     """A second reward model that is only ever used in evaluation. None: no judge."""
+    revision: Maybe[Revision] = None
+    """Its branch, tag or commit on the Hub, as `model.revision`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
     max_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
     """As `reward.max_length`; `eval/judge_cut` counts."""
+
+    def __post_init__(self) -> None:
+        check_pinned("judge", self.path, self.revision)
 
 
 @section("rollout")
@@ -187,8 +236,11 @@ class GuidanceConfig:
     """Number of evaluation prompts that each evaluation also completes with guidance, to measure its effect."""
     path: Maybe[PathText] = None
     """A reward model to guide with, where it is not the scorer. None: `reward.path`, whose weights are shared."""
+    revision: Maybe[Revision] = None
+    """Its branch, tag or commit on the Hub, as `model.revision`."""
 
     def __post_init__(self) -> None:
+        check_pinned("guidance", self.path, self.revision)
         if self.steps == 0:
             raise ConfigError("`guidance.steps` must be at least 1, not 0 (`guidance.kind: none` turns guidance off)")
         if self.top_n == 1:
@@ -332,6 +384,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check_pinned(section: str, path: str | None, revision: str | None) -> None:
+    """Refuse the revision of nothing. Raises `ConfigError`."""
+    if revision is not None and not path:
+        raise ConfigError(f"`{section}.revision` ({revision}) pins `{section}.path`, which is not set")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

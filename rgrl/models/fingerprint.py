@@ -3,12 +3,11 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rgrl.errors import ConfigError
-from rgrl.hub import weight_files
+from rgrl.hub import commit_of, weight_files
 
 # Everything that decides how text is cut into tokens and framed as chat turns, in the formats that transformers reads.
 _TOKENIZER = (
@@ -47,9 +46,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
         "tokenizer": _digest_files(folder, _TOKENIZER),
         "weights": _digest_all(sorted(_digest_samples(path) for path in weights if path.is_file())),
     }
-    resolved = folder.resolve()
-    if resolved.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", resolved.name):
-        found["commit"] = resolved.name
+    if (commit := commit_of(folder)) is not None:
+        found["commit"] = commit
     return found
 
 

@@ -1,5 +1,6 @@
 """Load a diffusion LM from its authors' checkpoint. No remote code is run, no pickle is opened."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from rgrl.config import ModelConfig
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint, read_json
+from rgrl.models.attention import attend_both_ways, check_attention, check_kernel
 from rgrl.models.families import Family, find_family
 from rgrl.models.families.fields import check_fields, fields_of
 from rgrl.models.fingerprint import fingerprint
 from rgrl.models.policy import Policy
-from rgrl.models.tokens import end_ids, find_mask
+from rgrl.models.quantize import check_quantize, check_quantized, quantization
+from rgrl.models.tokens import control_token, end_ids, find_mask
 from rgrl.models.weights import (
     Stored,
     check_finite,
@@ -36,7 +39,9 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     """
     if not isinstance(config, ModelConfig):
         config = ModelConfig(path=str(config))
-    folder = fetch_checkpoint(config.path, "model.path")
+    check_quantize(config.quantize)
+    check_kernel(config.attn_implementation, config.dtype, device)
+    folder = fetch_checkpoint(config.path, "model.path", config.revision)
     raw = read_json(folder / "config.json")
     check_unquantized(raw, str(folder))
     family = find_family(raw.get("model_type"), config.family)
@@ -45,12 +50,13 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     decoder = _make_config(family, raw, folder)
     names = check_fit(family, decoder, stored, folder)
     tokenizer = _load_tokenizer(family, folder)
+    raw, family = with_settings(config, raw, tokenizer, family)
     mask_id = find_mask(raw, tokenizer, decoder.vocab_size, str(folder))
     ends = end_ids(raw, tokenizer, str(folder))
-    causal_lm = _fill(family, decoder, names, getattr(torch, config.dtype), folder)
+    causal_lm = _build(family, decoder, _read(names, decoder, folder), config, device)
     # Only now: what has just been read is in memory, so it comes faster than from the disk.
     identity = {"family": family.name} | fingerprint(folder)
-    policy = Policy(causal_lm.to(device), tokenizer, family, mask_id, config.path, identity)
+    policy = Policy(causal_lm, tokenizer, family, mask_id, config.path, identity)
     policy.end_ids += tuple(sorted(set(ends) - set(policy.end_ids)))
     return policy.requires_grad_(False).eval()
 
@@ -67,6 +73,23 @@ def _make_config(family: Family, raw: dict[str, Any], folder: Path) -> PreTraine
         ) from error
     decoder.is_causal = False
     return decoder
+
+
+def with_settings(
+    config: ModelConfig, raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, family: Family
+) -> tuple[dict[str, Any], Family]:
+    """config.json and the family, with what the settings say in their place. Raises `ConfigError`."""
+    if config.shifted is not None:
+        family = replace(family, shifted=config.shifted)
+    if config.end_token is not None:
+        control_token(config.end_token, tokenizer, "model.end_token")
+        family = replace(family, end_of_turn=config.end_token)
+    if config.mask_token is not None:
+        raw = raw | {"mask_token_id": control_token(config.mask_token, tokenizer, "model.mask_token")}
+        tokenizer.mask_token = config.mask_token
+        if config.mask_token == family.end_of_turn:
+            raise ConfigError(f"`model.mask_token`: {config.mask_token!r} ends an answer, so it cannot hide a place")
+    return raw, family
 
 
 def _load_tokenizer(family: Family, folder: Path) -> PreTrainedTokenizerBase:
@@ -148,9 +171,8 @@ def _shapes(family: Family, config: PreTrainedConfig, folder: Path) -> dict[str,
         raise ConfigError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
 
 
-def _fill(
-    family: Family, config: PreTrainedConfig, names: dict[str, tuple[str, Path]], dtype: torch.dtype, folder: Path
-) -> PreTrainedModel:
+def _read(names: dict[str, tuple[str, Path]], config: PreTrainedConfig, folder: Path) -> dict[str, Tensor]:
+    """The tensors by their names in the model, but for a tied head. Raises `ConfigError` for what is no number."""
     weights: dict[str, Tensor] = {}
     for path in sorted({path for _, path in names.values()}):
         tensors = read_tensors(path, str(folder))
@@ -163,4 +185,29 @@ def _fill(
                 f"{folder}: config.json ties the head to the embedding, but {names['lm_head.weight'][0]} is another "
                 "matrix; untie it in config.json, or remove the tensor"
             )
-    return family.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return weights
+
+
+def _build(
+    family: Family,
+    decoder: PreTrainedConfig,
+    weights: dict[str, Tensor],
+    config: ModelConfig,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    """The model that holds `weights`, as the settings want it. Raises `ConfigError` where it cannot be so."""
+    dtype = getattr(torch, config.dtype)
+    given: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if config.quantize != "none":  # on the device itself, layer by layer, as the whole may not fit there
+        given |= {"quantization_config": quantization(config.quantize, dtype), "device_map": {"": device}}
+    model = family.model_class.from_pretrained(None, config=decoder, state_dict=weights, **given)
+    check_quantized(model, config.quantize)
+    attend_both_ways(model)
+    model.to(device)
+    try:
+        model.set_attn_implementation(config.attn_implementation)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"`model.attn_implementation: {config.attn_implementation}`: {reason}") from error
+    check_attention(model)
+    return model

@@ -1,5 +1,8 @@
 """The trainable part: a LoRA adapter in peft's own format."""
 
+import re
+from collections.abc import Sequence
+
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,12 +16,10 @@ from rgrl.models.policy import Policy
 def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
     """Add a float32 adapter to `policy` in place; its B factors are zero, so it changes nothing yet.
 
-    The A factors are drawn from `seed` alone. Raises `ConfigError` if a target names no layer.
+    The A factors are drawn from `seed` alone. Raises `ConfigError` as `find_layers` does.
     """
-    linear = {name.rsplit(".", 1)[-1] for name, m in policy.causal_lm.named_modules() if isinstance(m, torch.nn.Linear)}
-    unmatched = [target for target in config.targets if target not in linear]
-    if unmatched:
-        raise ConfigError(f"`lora.targets`: no layer is called {unmatched[0]!r}; there are {', '.join(sorted(linear))}")
+    targets = expand_targets(policy, config.targets)
+    layers = find_layers(policy, targets)
     policy.causal_lm.name_or_path = policy.path  # peft writes it into the adapter's config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -28,7 +29,7 @@ def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
                 r=config.r,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=list(config.targets),
+                target_modules=targets if _names_suffice(policy, targets, layers) else layers,
                 task_type="CAUSAL_LM",
             ),
         )
@@ -37,6 +38,67 @@ def add_lora(policy: Policy, config: LoraConfig, seed: int) -> Policy:
         for number, layer in enumerate(adapted):
             layer.lora_dropout["default"] = RowDropout(config.dropout, number, policy.row_keys)
     return policy
+
+
+def is_pattern(target: str) -> bool:
+    """Whether an entry of `lora.targets` is a regular expression, and not a layer's name or the end of its path."""
+    return re.fullmatch(r"[\w.-]+", target) is None
+
+
+def expand_targets(policy: Policy, targets: Sequence[str]) -> list[str]:
+    """`targets` with the names of the family's linear layers in place of `auto`, each once."""
+    own = policy.family.targets or _names(linear_layers(policy))
+    return list(dict.fromkeys(name for target in targets for name in (own if target == "auto" else [target])))
+
+
+def find_layers(policy: Policy, targets: Sequence[str]) -> list[str]:
+    """Paths of the linear layers in `policy.causal_lm` that `targets` (without `auto`) name, in their order there.
+
+    Raises `ConfigError` for a target that names none, or that would also hit the head or the embedding.
+    """
+    linear, found = linear_layers(policy), set()
+    for target in targets:
+        for path, what in _not_adapted(policy).items():
+            if _hits(target, path):
+                raise ConfigError(f"`lora.targets`: {target!r} also hits {path}, {what}, which is not adapted")
+        hit = {path for path in linear if _hits(target, path)}
+        if not hit:
+            known = ", ".join(sorted(_names(linear)))
+            told = "no linear layer's path matches" if is_pattern(target) else "no layer is called"
+            raise ConfigError(f"`lora.targets`: {told} {target!r}; there are {known} (first: {next(iter(linear))})")
+        found |= hit
+    return [path for path in linear if path in found]
+
+
+def _names_suffice(policy: Policy, targets: Sequence[str], layers: Sequence[str]) -> bool:
+    """Whether peft, which matches names in the same way, would adapt just `layers` by `targets` as they are."""
+    hit = [path for path, _ in policy.causal_lm.named_modules() if any(_hits(target, path) for target in targets)]
+    return hit == list(layers) and not any(map(is_pattern, targets))
+
+
+def linear_layers(policy: Policy) -> list[str]:
+    """Paths of every linear layer but the head, in their order."""
+    skipped = _not_adapted(policy)
+    modules = policy.causal_lm.named_modules()
+    return [path for path, m in modules if isinstance(m, torch.nn.Linear) and path not in skipped]
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def _not_adapted(policy: Policy) -> dict[str, str]:
+    """What no target may hit, by its path. Adapting it would change every token's score, or untie tied weights."""
+    model = policy.causal_lm
+    modules = {"the output head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
+    return {path: what for path, m in model.named_modules() for what, found in modules.items() if m is found}
+
+
+def _hits(target: str, path: str) -> bool:
+    """Whether peft would adapt `path` for `target`: as the end of the path, or as a pattern of all of it."""
+    if is_pattern(target):
+        return re.fullmatch(target, path) is not None
+    return path == target or path.endswith(f".{target}")
 
 
 def adapter_parameters(policy: Policy) -> dict[str, torch.nn.Parameter]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
+from rgrl.models.attention import mask_for
 from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family
@@ -93,11 +94,11 @@ class Policy(nn.Module):
             for i, (keys, values) in enumerate(prefix.layers):
                 cache.update(keys, values, i)
                 start = prefix.length
-        # In the shape that attention takes: transformers would inspect a mask by token, and a GPU would have to wait.
-        mask_B1QL = attention_BL[:, None, None].expand(-1, 1, canvas_BL.shape[1] - start, -1)
+        config = self.causal_lm.config
+        mask = mask_for(config._attn_implementation, attention_BL, canvas_BL.shape[1] - start, self.causal_lm.dtype)
         # By position: transformers renamed the argument that takes the cache in 5.24.
         states_BLH = self.causal_lm.model(
-            canvas_BL[:, start:], mask_B1QL, position_BL[:, start:], cache, use_cache=cache is not None
+            canvas_BL[:, start:], mask, position_BL[:, start:], cache, use_cache=cache is not None
         ).last_hidden_state
         if prefix is not None and cache is not None and not prefix.layers:
             prefix.layers = [

@@ -16,7 +16,7 @@ def find_mask(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: int
     named, own = raw.get("mask_token_id"), tokenizer.mask_token_id
     mask_id = own if named is None else named
     if mask_id is None:
-        raise ConfigError(f"{what}: neither config.json nor the tokenizer names a mask token")
+        raise ConfigError(f"{what}: neither config.json nor the tokenizer names a mask token; set `model.mask_token`")
     if type(mask_id) is not int:
         raise ConfigError(f"{what}: `mask_token_id` is {mask_id!r} in config.json; expected the number of a token")
     if not 0 <= mask_id < len(tokenizer):
@@ -77,3 +77,12 @@ def end_ids(raw: dict[str, Any], tokenizer: PreTrainedTokenizerBase, what: str) 
                 "token of the tokenizer"
             )
     return found
+
+
+def control_token(text: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> int:
+    """The id of the special token that is spelt `text`. Raises `ConfigError`, which names the `setting`, for others."""
+    added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if _is_control(i, tokenizer)}
+    if text not in added:
+        known = ", ".join(added) if len(added) <= 12 else f"{', '.join(list(added)[:12])} ..."
+        raise ConfigError(f"`{setting}`: {text!r} is not a special token of the tokenizer; there are {known}")
+    return added[text]

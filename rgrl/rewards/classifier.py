@@ -215,13 +215,14 @@ def load_classifier(
     adapter: str | None = None,
     name: str = "model",
     max_length: int = 0,
+    revision: str | None = None,
 ) -> ClassifierReward:
     """Load a one-label sequence classifier (with `adapter` merged) from a folder or the Hub, and try it out.
 
-    `max_length` as in `RewardConfig`. Raises `ConfigError` for anything that is not one, or that gives a text another
-    score in a batch than alone.
+    `max_length` and `revision` as in `RewardConfig`. Raises `ConfigError` for anything that is not one, or that gives a
+    text another score in a batch than alone.
     """
-    folder = fetch_checkpoint(str(path), "reward model")
+    folder = fetch_checkpoint(str(path), "reward model", revision)
     read_config(folder, f"reward model {path}")
     tokenizer = _load_tokenizer(folder, path)
     model = _load_model(folder, path, dtype)

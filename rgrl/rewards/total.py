@@ -81,10 +81,12 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
     if len(functions) < len(c.functions) or c.name in functions:
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
     weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}
-    model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length) if c.path else None
+    model = None
+    if c.path is not None:
+        model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length, c.revision)
     guide = None
     if config.guidance.kind != "none":
-        other = config.guidance.path
-        same = other is None or other == c.path
-        guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length)
+        other, revision = config.guidance.path, config.guidance.revision
+        same = other is None or (other == c.path and revision in (None, c.revision))
+        guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length, revision)
     return Rewards(model, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error), guide

@@ -33,6 +33,9 @@ class Family:
     chat_template: str  # used where the checkpoint has none
     fields: Fields | None = None  # what config.json may hold; None: what the class that `make_config` makes has
     head: Callable[[PreTrainedModel, Tensor, int], Tensor] = linear_head  # model, states (..., H), V -> logits (..., V)
+    targets: tuple[
+        str, ...
+    ] = ()  # names of the linear layers that `lora.targets: [auto]` adapts; empty: all but the head
 
 
 def require(config: dict[str, Any], keys: tuple[str, ...], family: str) -> None:
