@@ -97,7 +97,7 @@ class Policy(nn.Module):
         config = self.causal_lm.config
         mask = mask_for(config._attn_implementation, attention_BL, canvas_BL.shape[1] - start, self.causal_lm.dtype)
         # By position: transformers renamed the argument that takes the cache in 5.24.
-        states_BLH = self.causal_lm.model(
+        states_BLH = self.causal_lm.base_model(
             canvas_BL[:, start:], mask, position_BL[:, start:], cache, use_cache=cache is not None
         ).last_hidden_state
         if prefix is not None and cache is not None and not prefix.layers:

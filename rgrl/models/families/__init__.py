@@ -41,5 +41,6 @@ def find_family(model_type: str | None, name: str = "auto") -> Family:
                 f"model_type {model_type!r} in config.json is of an autoregressive model; if this one was turned into "
                 f"a diffusion model, set `model.family: {family.name}`"
             )
-    known = ", ".join(family.model_type for family in named)
+    short = [f.model_type.removeprefix(f"{f.name}-") for f in named] if name != "auto" else []
+    known = ", ".join([*(family.model_type for family in named), *short])
     raise ConfigError(f"unknown model_type {model_type!r} in config.json; known: {known}")

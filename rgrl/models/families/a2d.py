@@ -7,75 +7,62 @@ otherwise: dllm trains either kind (`right_shift_logits`), and its checkpoints d
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.activations import ACT2FN
 
 from rgrl.errors import ConfigError
 from rgrl.models.families.base import Family, require
 from rgrl.models.families.dream import DREAM
+from rgrl.models.families.fields import Fields, check_sizes, positive, rope_parameters, words
 from rgrl.models.families.llada import LLADA
 
-_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# Fields that change no number of a forward pass, or are read elsewhere (the mask, by load.py).
-_HARMLESS = {
-    "_attn_implementation", "_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype",
-    "id2label", "is_encoder_decoder", "label2id", "mask_token_id", "model_type", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_version",
-}  # fmt: skip
-# Spellings of `rope_parameters` before transformers 5, which its config classes still read.
-_ROPE = {"rope_theta", "rope_scaling"}
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_PASSED_ON = (*_SIZES, "hidden_act", "tie_word_embeddings")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_QWEN = {"use_sliding_window": (False,), "use_mrope": (False,)}
+_WINDOWS = words("sliding_window max_window_layers")  # without `use_sliding_window`
 
 
-def _make_config(config_class: type[PreTrainedConfig]) -> Callable[[dict[str, Any]], PreTrainedConfig]:
-    known = {field.name for field in fields(config_class)}
+def _config_maker(
+    config_class: type[PreTrainedConfig], biases: tuple[str, ...]
+) -> Callable[[dict[str, Any]], PreTrainedConfig]:
+    """`biases`: fields of the class that say which linear layers have one."""
 
     def make(config: dict[str, Any]) -> PreTrainedConfig:
         require(config, _NEEDED, "A2D")
-        if odd := sorted(config.keys() - known - _HARMLESS - _ROPE):
-            raise ConfigError(
-                f"config.json of this A2D checkpoint has {odd[0]} ({config[odd[0]]}), which transformers' "
-                f"{config_class.__name__} does not know"
-            )
-        given = {name: value for name, value in config.items() if name in known | _ROPE}
-        # No end tokens but its own, as the classes have defaults. Attention dropout was for their training.
-        tokens: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        made = config_class(**{**tokens, **given, "attention_dropout": 0.0})
-        _check(made)
-        return made
+        check_sizes(config, _SIZES, "A2D")
+        kinds = config.get("layer_types")
+        if kinds is not None and kinds != ["full_attention"] * config["num_hidden_layers"]:
+            raise ConfigError('`layer_types` must be "full_attention" for each layer of an A2D model')
+        if config.get("hidden_act", "silu") not in ACT2FN:
+            raise ConfigError(f"`hidden_act` is {config['hidden_act']!r}, which transformers does not know")
+        # As many as there are heads, where none are named: the classes have defaults of their own size.
+        config = config | {"num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"]}
+        given = {name: config[name] for name in (*_PASSED_ON, *biases) if config.get(name) is not None}
+        for name in ("tie_word_embeddings", *biases):
+            if type(given.get(name, False)) is not bool:
+                raise ConfigError(f"`{name}` is {given[name]!r}; expected true or false")
+        return config_class(
+            **given,
+            **{name: config.get(name) for name in _TOKENS},  # none but its own: the classes have defaults
+            rms_norm_eps=positive(config, "rms_norm_eps", 1e-6),
+            rope_parameters=rope_parameters(config, "A2D"),
+        )
 
     return make
-
-
-def _check(config: PreTrainedConfig) -> None:
-    """Refuse what would make a row depend on more than its own tokens, or see less of them. Raises `ConfigError`."""
-    for name in {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ()):
-        raise ConfigError(f"config.json of this A2D checkpoint has {name} layers; expected full attention in all")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ConfigError(
-            f"config.json of this A2D checkpoint has {config.num_key_value_heads} num_key_value_heads, which must "
-            f"divide its {config.num_attention_heads} num_attention_heads"
-        )
-    kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if kind == "longrope":
-        raise ConfigError(
-            "config.json of this A2D checkpoint has the rope_type longrope, which turns all rows of a batch by its "
-            "longest; known: default, linear, dynamic, yarn, llama3"
-        )
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -85,13 +72,26 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _family(
-    kind: str, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], like: Family
+    model_class: type[PreTrainedModel],
+    like: Family,
+    biases: tuple[str, ...] = (),
+    only: dict[str, tuple[Any, ...]] | None = None,
+    harmless: frozenset[str] = frozenset(),
 ) -> Family:
+    """The family of transformers' `model_class`, with the chat format of models `like` it."""
+    config_class = model_class.config_class
+    used = words("rms_norm_eps rope_theta rope_scaling rope_parameters mask_token_id layer_types")
     return Family(
         name="a2d",
-        model_type=f"a2d-{kind}",
+        model_type=f"a2d-{config_class.model_type}",
         model_class=model_class,
-        make_config=_make_config(config_class),
+        make_config=_config_maker(config_class, biases),
+        fields=Fields(
+            used=frozenset({*_PASSED_ON, *_TOKENS, *biases}) | used,
+            harmless=harmless,
+            # Dropout is of training; `lora.dropout` is what a run has.
+            only={"attention_dropout": (0.0,), "partial_rotary_factor": (1.0,), **(only or {})},
+        ),
         rename=lambda name: name,
         load_tokenizer=_load_tokenizer,
         shifted=True,
@@ -101,7 +101,9 @@ def _family(
 
 
 A2D = (
-    _family("qwen2", Qwen2Config, Qwen2ForCausalLM, like=DREAM),
-    _family("qwen3", Qwen3Config, Qwen3ForCausalLM, like=DREAM),
-    _family("llama", LlamaConfig, LlamaForCausalLM, like=LLADA),
+    # Queries, keys and values have a bias in every Qwen2.
+    _family(Qwen2ForCausalLM, DREAM, only={**_QWEN, "attention_bias": (True,)}, harmless=_WINDOWS),
+    _family(Qwen3ForCausalLM, DREAM, ("attention_bias",), only=_QWEN, harmless=_WINDOWS),
+    # The slices of `pretraining_tp` add up to the same.
+    _family(LlamaForCausalLM, LLADA, ("attention_bias", "mlp_bias"), harmless=words("pretraining_tp")),
 )
