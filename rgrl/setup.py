@@ -117,9 +117,9 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
 
 def load_judge(config: JudgeConfig, device: torch.device) -> ClassifierReward | None:
     """The judge, if there is one."""
-    if config.path is None:
-        return None
     c = config
+    if c.path is None:
+        return None
     return load_classifier(c.path, device, c.dtype, name="judge", max_length=c.max_length, revision=c.revision)
 
 

@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2ForCausalLM,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForSequenceClassification,
 )
 
+from rgrl.models.families import FAMILIES
 from rgrl.models.families.dream import DREAM
 from rgrl.models.families.llada import LLADA, llada_rename
 
@@ -64,7 +63,7 @@ def random_weights(family, config: dict, seed: int = 0) -> dict[str, torch.Tenso
     torch.manual_seed(seed)
     made = family.make_config(config)
     made.is_causal = False
-    model = {"dream": Qwen2ForCausalLM, "llada": LlamaForCausalLM}[family.name](made)
+    model = family.model_class(made)
     return {k: torch.randn_like(v) * 0.15 if v.ndim > 1 else v.clone() for k, v in model.state_dict().items()}
 
 
@@ -101,12 +100,46 @@ def llada_name(name: str) -> str:
 def write_llada(folder: Path, seed: int = 0, shards: int = 1, **changes) -> Path:
     config = {**TINY_LLADA, **changes}
     save(config, {llada_name(k): v for k, v in random_weights(LLADA, config, seed).items()}, folder, shards)
+    save_fast_tokenizer(folder)
+    return folder
+
+
+def save_fast_tokenizer(folder: Path, **more: str) -> None:
+    """The recipes' tokenizer as a tokenizer.json, without a mask of its own unless `more` names one."""
     source = Qwen2Tokenizer.from_pretrained(TOKENIZER)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=source.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        tokenizer_object=source.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", **more
     )
     fast.chat_template = source.chat_template
     fast.save_pretrained(folder)
+
+
+TINY_A2D = {
+    "vocab_size": 4100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0",
+    "use_cache": True,
+    **_IDS,
+}
+
+
+def write_a2d(folder: Path, kind: str = "qwen3", seed: int = 0, shards: int = 1, **changes) -> Path:
+    """An A2D checkpoint, as transformers writes one: a tied head is not in the file."""
+    own = {"qwen3": {"head_dim": 16}, "qwen2": {}, "llama": {"attention_bias": True, "mlp_bias": True}}[kind]
+    config = {**TINY_A2D, "model_type": f"a2d-{kind}", **own, **changes}
+    weights = random_weights(FAMILIES[f"a2d-{kind}"], config, seed)
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight")
+    save(config, weights, folder, shards)
+    save_fast_tokenizer(folder, mask_token="<|mask|>")
     return folder
 
 
