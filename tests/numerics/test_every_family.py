@@ -10,7 +10,7 @@ import yaml
 from checkpoints import REPO, TINY_DREAM, random_weights, save, save_fast_tokenizer, write_a2d, write_dream, write_llada
 from training import adapter, changed, go, untimed
 
-from rgrl.config import GuidanceConfig, ModelConfig, RolloutConfig
+from rgrl.config import ConfigError, GuidanceConfig, ModelConfig, RolloutConfig
 from rgrl.config.schema import FAMILIES as NAMES
 from rgrl.models import families, load_policy
 from rgrl.models.batch import pad_left
@@ -142,6 +142,40 @@ def test_a_guided_rollout(policy, reward_dir):
     assert bool((guided != plain).any(1).all())
     alone = generate(policy, prompts[:1], settings, guidance=guidance).completion_BC
     assert (alone[0] == guided[0]).all()
+
+
+def test_the_page_itself(tmp_path, monkeypatch, capsys):
+    """It is short, and what it runs on the family runs."""
+    assert len(DOCUMENT.splitlines()) < 100
+    code = next(block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.S) if "load_policy" in block)
+    write_phi(tmp_path / "the" / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+    odd = write_phi(tmp_path / "odd", sliding_window=None, hidden_act="gelu")
+    policy = load_policy(ModelConfig(path=str(odd), family=PLUG_IN))
+    assert policy.causal_lm.config.hidden_act == "gelu"
+    raw = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(raw | {"resid_pdrop": 0.1}))
+    with pytest.raises(ConfigError, match=r"`resid_pdrop` \(0.1\) is not known to phi3_diffusion models"):
+        load_policy(ModelConfig(path=str(odd), family=PLUG_IN))
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("phi_family:NOTHING", "model family 'phi_family:NOTHING' cannot be imported"),
+        ("no_such_module:FAMILY", "cannot be imported: No module named 'no_such_module'"),
+        (
+            "phi_family:make_config",
+            "model family 'phi_family:make_config' is function, not a rgrl.models.families.Family",
+        ),
+    ],
+)
+def test_a_path_that_leads_to_no_family_is_one_line(family, told, dream_dir):
+    with pytest.raises(ConfigError) as error:
+        load_policy(ModelConfig(path=str(dream_dir), family=family))
+    assert told in str(error.value) and "\n" not in str(error.value)
 
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

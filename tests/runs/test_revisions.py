@@ -83,7 +83,7 @@ def test_every_model_of_a_run_is_pinned_as_it_was_loaded(models, cache, tiny, tm
     assert yaml.safe_load((run / "checkpoints" / "step_000001" / "config.yaml").read_text()) == written
     cache("org/policy", "a" * 40, write_dream(tmp_path / "other", seed=9), "v1.0")
     for name in ("org/reward", "org/judge"):
-        cache(name, "a" * 40, write_reward(tmp_path / name, seed=9), "main", "release/a")
+        cache(name, "a" * 40, write_reward(tmp_path / name.replace("/", "_"), seed=9), "main", "release/a")
     again = go(written, tmp_path, output_dir="again", steps=1)
     assert adapter(run, 1) == adapter(again, 1) and untimed(run) == untimed(again)
     other = go(config, tmp_path, output_dir="other_run", steps=1)
