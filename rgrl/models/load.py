@@ -166,7 +166,7 @@ def _shapes(family: Family, config: PreTrainedConfig, folder: Path) -> dict[str,
     try:
         with torch.device("meta"):
             return {name: tuple(t.shape) for name, t in family.model_class(config).state_dict().items()}
-    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{folder / 'config.json'} describes no model that can be built: {reason}") from error
 

@@ -132,6 +132,13 @@ def test_several_end_tokens_of_config_json(tmp_path):
     assert policy.end_ids == (4092,), "not the token 2, which is LlamaConfig's default"
 
 
+def test_a_mask_that_was_added_beyond_the_table_is_refused(tmp_path):
+    """As an autoregressive checkpoint has it whose embedding was never made larger."""
+    folder = write_a2d(tmp_path / "m", "qwen3", vocab_size=4093, pad_token_id=None)
+    with pytest.raises(ConfigError, match="the mask token 4093 is beyond the model's 4093 embeddings"):
+        load_policy(folder)
+
+
 REFUSED = {
     "a window": ({"use_sliding_window": True, "sliding_window": 8}, "`use_sliding_window` is true"),
     "layers that see a window": ({"layer_types": ["full_attention", "sliding_attention"]}, "`layer_types`"),
@@ -139,7 +146,7 @@ REFUSED = {
     "a scale by the length": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "`rope_scaling` is of kind"),
     "another architecture's field": ({"loophole_enabled": True}, "`loophole_enabled` (true) is not known"),
     "a bias that is text": ({"attention_bias": "no"}, "`attention_bias`"),
-    "a mask beyond the table": ({"vocab_size": 4000}, "mask token 4093 is beyond the model's 4000"),
+    "padding beyond the table": ({"vocab_size": 4000}, "describes no model that can be built: Padding_idx"),
 }
 
 

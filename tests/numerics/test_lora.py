@@ -90,6 +90,7 @@ def test_what_is_no_regular_expression_is_told_with_the_settings():
 
 
 def test_a_run_by_auto_goes_on_by_the_names_it_meant_and_no_others(tiny, tmp_path):
+    tiny |= {"judge": {}}
     go(tiny, tmp_path, steps=1, eval_steps=0)
     names = changed(tiny, lora={"targets": SEVEN})
     go(names, tmp_path, steps=2, eval_steps=0, resume_from_checkpoint="latest")

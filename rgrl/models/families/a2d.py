@@ -43,7 +43,7 @@ def _config_maker(
 
     def make(config: dict[str, Any]) -> PreTrainedConfig:
         require(config, _NEEDED, "A2D")
-        check_sizes(config, _SIZES, "A2D")
+        check_sizes(config, _SIZES)
         kinds = config.get("layer_types")
         if kinds is not None and kinds != ["full_attention"] * config["num_hidden_layers"]:
             raise ConfigError('`layer_types` must be "full_attention" for each layer of an A2D model')
