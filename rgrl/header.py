@@ -23,6 +23,8 @@ def header(run: Run, first_step: int, records: str) -> list[str]:
         f"{config.run.output_dir} | {records or 'W&B off'}",
         *reward_models(run),
     ]
+    if config.lora.path is not None and first_step == 1:
+        lines.append(f"starting from the adapter {config.lora.path}")
     if config.objective.correction != "none" and config.guidance.kind != "none":
         kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/algo/corrections.py)"
         lines.append(f"correcting for guidance: the ratio of a whole completion is {kind}")

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from rgrl.algo import Algorithm, resolve_algorithm
-from rgrl.config import Config, GuidanceConfig, JudgeConfig, ModelConfig
+from rgrl.checkpoint import code_commit, other_base, start_fingerprint
+from rgrl.config import Config, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
 from rgrl.console import warn
 from rgrl.data import PromptStream, fingerprint, load_prompts
 from rgrl.errors import ConfigError
@@ -20,6 +21,7 @@ from rgrl.hub import resolved_revision
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
 from rgrl.models.readout import READOUTS, Places, Readout, token_logp
+from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
 from rgrl.rollout import Guidance, generate
@@ -61,16 +63,18 @@ class Run:
         return generate(self.policy, prompts, self.config.rollout, seeds, guidance)
 
 
-def set_up(config: Config, accelerator: Accelerator) -> Run:
+def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> Run:
     """Load every component and check what the settings alone cannot tell. Raises `ConfigError`.
 
-    `Run.config` says what was found: commits of the Hub, and the names of the layers to adapt.
+    `Run.config` says what was found: commits of the Hub, and the names of the layers to adapt. Where a run is
+    `resumed`, its adapter is not read from `lora.path`: it will come from the checkpoint.
     """
     device = accelerator.device
     # Nothing here uses the global generators, but a user's own reward or objective may.
     seed_globals(config.run.seed, 0, accelerator.process_index)
     algorithm = resolve_algorithm(config)
     readouts = resolve_readouts(config, algorithm)
+    start = read_start(config.lora) if config.lora.path is not None and not resumed else None
     prompts, eval_prompts = load_prompts(config.data.path, config.data), None
     if config.data.eval_path is not None and config.run.eval_steps:
         every = load_prompts(config.data.eval_path, config.data)
@@ -95,6 +99,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     models = policy, rewards, guide_model, judge
     config = resolved(config, *models)
     add_lora(policy, config.lora, config.run.seed).eval()
+    begun = {} if start is None else begin_with(start, policy, config.lora, accelerator)
     if size > 1:
         accelerator.wait_for_everyone()  # times out if a process could not load something
         policy.shard(device, size, timedelta(minutes=config.run.timeout_minutes))
@@ -108,7 +113,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Run:
     fingerprints = take_fingerprints(
         {"model": policy, "reward": rewards.model, "guide": guide_model, "judge": judge}, prompts, eval_prompts
     )
-    run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints)
+    run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints | begun)
     if eval_prompts is not None:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
@@ -121,6 +126,16 @@ def load_judge(config: JudgeConfig, device: torch.device) -> ClassifierReward | 
     if c.path is None:
         return None
     return load_classifier(c.path, device, c.dtype, name="judge", max_length=c.max_length, revision=c.revision)
+
+
+def begin_with(
+    start: dict[str, torch.Tensor], policy: Policy, config: LoraConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Load the adapter that `lora.path` names; returns what `about.json` says of it. Raises `ConfigError`."""
+    start_from(policy, start, config)
+    if accelerator.is_main_process and (problem := other_base(config, policy)) is not None:
+        warn(problem)
+    return {"start": start_fingerprint(config)}
 
 
 def check_sharing(model: ModelConfig, size: int) -> None:
@@ -159,11 +174,11 @@ def resolved(
 def take_fingerprints(
     models: dict[str, Policy | ClassifierReward | None], prompts: Prompts, eval_prompts: Prompts | None
 ) -> dict[str, Any]:
-    """What identifies the models and the data of a run, as `about.json` of its checkpoints has it.
+    """What identifies the code, the models and the data of a run, as `about.json` of its checkpoints has it.
 
     Taken before the run begins: a reward function is given the rows themselves, and may write into them.
     """
-    found: dict[str, Any] = dict(fingerprint(prompts))
+    found: dict[str, Any] = dict(fingerprint(prompts)) | {"commit": code_commit()}
     if eval_prompts is not None:
         found["eval"] = fingerprint(eval_prompts)
     return found | {name: model.fingerprint for name, model in models.items() if model is not None}

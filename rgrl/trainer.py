@@ -21,9 +21,11 @@ from rgrl.checkpoint import (
     check_compatible,
     check_data,
     check_model,
+    check_start,
     check_writable,
     checkpoints,
     find_checkpoint,
+    kept,
     load,
     load_adapter,
     set_aside_after,
@@ -56,7 +58,8 @@ def train(config: Config) -> Path:
         resume = find_checkpoint(config, accelerator)
         if resume is not None:
             check_compatible(resume, config, accelerator.num_processes)
-        run, progress = set_up(config, accelerator), Progress()
+            check_start(resume, config)
+        run, progress = set_up(config, accelerator, resumed=resume is not None), Progress()
         config = run.config
         if resume is not None:
             check_compatible(resume, config, None, ("lora.targets",))
@@ -64,6 +67,7 @@ def train(config: Config) -> Path:
             check_data(resume, run.fingerprints)
             if accelerator.is_main_process:
                 warn_of_kinks(resume, run.fingerprints)
+            run.fingerprints |= kept(resume)
             progress = load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
         tracker = open_output(config, accelerator, resume, progress)
@@ -280,9 +284,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 # ------------------------------------------------------------------------------------ without training
 def evaluate(config: Config) -> Evaluation:
-    """Evaluate the adapter that `run.resume_from_checkpoint` names, or the base. Every rank gets the result.
+    """Evaluate the adapter that `run.resume_from_checkpoint` or else `lora.path` names, without them the base.
 
-    Raises `ConfigError` for bad input.
+    Every rank gets the result. Raises `ConfigError` for bad input.
     """
     # Nothing is trained, so nothing has to be known about what guidance is worth.
     run = open_checkpoint(replace(config, guidance=replace(config.guidance, probe_prompts=0)))
@@ -313,14 +317,18 @@ def sample(config: Config) -> Iterator[dict]:
 
 
 def open_checkpoint(config: Config) -> Run:
-    """A run with the adapter that `run.resume_from_checkpoint` names, and evaluation prompts. Raises `ConfigError`."""
+    """A run with the adapter that `run.resume_from_checkpoint` or else `lora.path` names, and evaluation prompts.
+
+    Raises `ConfigError`.
+    """
     check(config)
     accelerator = join_processes(config)
     folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:
         # Another alpha would fit, and be another policy.
         check_compatible(folder, config, None, MODEL)
-    run = set_up(config, accelerator)
+        check_start(folder, config)
+    run = set_up(config, accelerator, resumed=folder is not None)
     if run.eval_prompts is None:
         raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
     if folder is not None:
@@ -328,5 +336,5 @@ def open_checkpoint(config: Config) -> Run:
         check_model(folder, run.policy)
         load_adapter(folder, run.policy)
     if run.accelerator.is_main_process:
-        inform(f"{what_runs(run)}\nadapter: {folder if folder is not None else 'none, the base model'}")
+        inform(f"{what_runs(run)}\nadapter: {folder or config.lora.path or 'none, the base model'}")
     return run

@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.dynamic_module_utils
 from checkpoints import PROMPTS, write_dream, write_llada, write_reward
 
 from rgrl.models import Policy, load_policy
 
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_of_checkpoints(tmp_path_factory):
+    """Where transformers copies the code in a checkpoint before it imports it: one folder, and not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,16 @@ from rgrl.checkpoint.resume import (
     check_compatible,
     check_data,
     check_model,
+    check_start,
     check_writable,
     find_checkpoint,
+    kept,
     load,
     load_adapter,
     warn_of_kinks,
 )
 from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot, write
+from rgrl.checkpoint.start import code_commit, other_base, start_fingerprint
 
 __all__ = [
     "MODEL",
@@ -22,13 +25,18 @@ __all__ = [
     "check_compatible",
     "check_data",
     "check_model",
+    "check_start",
     "check_writable",
     "checkpoints",
+    "code_commit",
     "damage",
     "find_checkpoint",
+    "kept",
     "load",
     "load_adapter",
+    "other_base",
     "set_aside_after",
+    "start_fingerprint",
     "take_snapshot",
     "warn_of_kinks",
     "write",

@@ -1,16 +1,18 @@
 """What a checkpoint folder holds, and whether it is whole.
 
-A checkpoint is a folder `checkpoints/step_000100/` with `adapter/` in peft's own format, `state.pt` (optimizer, global
-random state of each rank), `progress.json`, `config.yaml`, `about.json` and `manifest.json`, which has the size and the
-SHA-256 of every other file. It is written under another name, flushed to disk and renamed, and then the file
-`checkpoints/latest` is replaced by one that names it. So a folder of this name is whole unless somebody or the disk
+A checkpoint is a folder `checkpoints/step_000100/` with `adapter/` in peft's own format and under the names of the
+base's own checkpoint (models/names.py; older ones have transformers' names), `state.pt` (optimizer, global random state
+of each rank), `progress.json`, `config.yaml`, `about.json` and `manifest.json`, which has the size and the SHA-256 of
+every other file. It is written under another name, flushed to disk and renamed, and then the file `checkpoints/latest`
+is replaced by one that names it. So a folder of this name is whole unless somebody or the disk
 changed it, and the manifest shows that.
 
 `about.json` says what a resumed run is compared with, beside the settings: the number of `processes`, the library
 `versions`, the fingerprints of the training data (`prompts` and `rows`), of the evaluation data (`eval`, likewise) and
 of the models: `model` (the policy), `reward`, `guide` and `judge`, where there is one. Those of models are explained in
 `rgrl/models/fingerprint.py`, those of data in `rgrl/data/fingerprint.py`. Before they were recorded there were only
-`processes`, `versions` and `prompts`; such checkpoints can be resumed too.
+`processes`, `versions` and `prompts`; such checkpoints can be resumed too. `start` is the adapter that the run began
+with, if any, and `commit` is git's name for the code, if it is a clone (start.py).
 """
 
 import functools

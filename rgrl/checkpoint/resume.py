@@ -16,7 +16,8 @@ from rgrl.console import warn
 from rgrl.errors import ConfigError
 from rgrl.models import Policy
 from rgrl.models.adapter import fit_adapter, read_adapter
-from rgrl.models.fingerprint import differing_parts
+from rgrl.models.fingerprint import adapter_fingerprint, differing_parts
+from rgrl.models.names import to_ours
 from rgrl.seeds import seed_globals, set_global_state
 
 # Settings that a resumed run must share with its earlier part: it could not go on from the same state, or would be
@@ -100,7 +101,7 @@ def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tupl
     changed = [
         f"`{key}` was {before.get(key)} and is now {now.get(key)}"
         for key in {**before, **now}
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and key != "lora.path"  # see `check_start`
     ]
     if changed:
         raise ConfigError(f"cannot resume {folder}: {', '.join(changed)}")
@@ -148,6 +149,28 @@ def check_model(folder: Path, policy: Policy) -> None:
         )
 
 
+def check_start(folder: Path, config: Config) -> None:
+    """Refuse to go on with a `lora.path` other than the run's, which would not be read. Raises `ConfigError`.
+
+    The run does not need it any more: None will do, as will a copy of the same content elsewhere.
+    """
+    before, now = about(folder).get("start"), config.lora.path
+    if now is None or (before is not None and now == before["path"]):
+        return
+    if before is not None and Path(now).is_dir() and adapter_fingerprint(Path(now)) == before["adapter"]:
+        return
+    raise ConfigError(
+        f"cannot resume {folder}: `lora.path` was {before and before['path']} and is now {now}, but it is only read "
+        "where a run begins; set it back, or to null"
+    )
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What the checkpoints of a resumed run go on saying in `about.json`, though it can no longer be seen."""
+    before = about(folder)
+    return {name: before[name] for name in ("start",) if name in before}
+
+
 def check_data(folder: Path, fingerprints: dict[str, Any]) -> None:
     """Refuse to go on with other training data than the saved run's, wherever they lie. Raises `ConfigError`."""
     before = about(folder)
@@ -179,7 +202,8 @@ def load_adapter(folder: Path, policy: Policy) -> None:
     """Load a checkpoint's adapter into the policy; every tensor must fit. Raises `ConfigError`."""
     assert policy.peft_model is not None
     what = f"cannot resume {folder}: its adapter"
-    fit_adapter(policy.peft_model, read_adapter(folder / "adapter", what)[1], what)
+    tensors = read_adapter(folder / "adapter", what)[1]
+    fit_adapter(policy.peft_model, to_ours(tensors, policy.names), what)
 
 
 def load(

@@ -21,6 +21,7 @@ from rgrl.checkpoint.format import Progress, adapter_of, checkpoints, pack, step
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
 from rgrl.models import Policy
+from rgrl.models.names import settings_of, to_original
 from rgrl.seeds import global_state
 
 
@@ -95,9 +96,9 @@ def take_snapshot(
     fingerprints: dict[str, Any],
 ) -> Snapshot:
     """A copy of the state that shares no memory with it. Collective: it holds every rank's random state."""
-    assert policy.peft_model is not None
-    adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in adapter_of(policy).items()}
-    config = policy.peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    own = to_original(adapter_of(policy), policy.names)
+    adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in own.items()}
+    config = settings_of(policy, adapter)
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
     about = {"processes": accelerator.num_processes, "versions": versions()} | fingerprints
     state = {"optimizer": pack(optimizer), "rng": rng}

@@ -70,6 +70,11 @@ class ModelConfig:
 
 @section("lora")
 class LoraConfig:
+    path: Maybe[PathText] = None
+    """Folder of a LoRA adapter to start from, in peft's format: `checkpoints/step_N/adapter` of another run, one of
+    `rgrl export`, or one that peft saved. Its rank, alpha and layers must be those below. The optimizer and the steps
+    start anew, and the reference of `objective.beta` stays the frozen base, without it. Only read where a run begins: a
+    resumed run has its own adapter in the checkpoint. None: a fresh adapter that changes nothing yet."""
     r: Annotated[Whole, Ge(1), Le(8192)] = 32
     """Rank. RGRL paper: 32."""
     alpha: Annotated[Number, Gt(0), Le(1e6)] = 32.0

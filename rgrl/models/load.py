@@ -58,6 +58,7 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     identity = {"family": family.name} | fingerprint(folder)
     policy = Policy(causal_lm, tokenizer, family, mask_id, config.path, identity)
     policy.end_ids += tuple(sorted(set(ends) - set(policy.end_ids)))
+    policy.names |= {own: name for own, (name, _) in names.items()}
     return policy.requires_grad_(False).eval()
 
 

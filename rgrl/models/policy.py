@@ -48,6 +48,7 @@ class Policy(nn.Module):
         self.mask_id = mask_id
         self.path = path  # where it was loaded from, for the adapter's config
         self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), and its `family`
+        self.names = {name: name for name, _ in causal_lm.named_parameters()}  # tensors: here -> in the checkpoint
         if tokenizer.eos_token_id is None:
             raise ConfigError("the policy's tokenizer has no end-of-text token")
         self.eos_id: int = tokenizer.eos_token_id

@@ -143,6 +143,13 @@ def write_a2d(folder: Path, kind: str = "qwen3", seed: int = 0, shards: int = 1,
     return folder
 
 
+def with_code(folder: Path, name: str) -> Path:
+    """Lay the skeletons of a family's own classes into a checkpoint, as its authors do with their code."""
+    for path in (REPO / "tests" / "helpers" / "authors").glob(f"*_{name}.py"):
+        shutil.copy(path, folder / path.name)
+    return folder
+
+
 def write_reward(folder: Path, seed: int = 1, labels: int = 1, template: str | None = None) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(

@@ -1,5 +1,7 @@
 """Train in this process, and look at what a run leaves in its output folder."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -38,6 +40,16 @@ def adapter(output: Path, step: int) -> bytes:
 
 def saved(output: Path) -> list[str]:
     return sorted(path.name for path in (output / "checkpoints").glob("step_*"))
+
+
+def resealed(checkpoint: Path) -> Path:
+    """A checkpoint whose files a test has changed, with a manifest that says so."""
+    path = checkpoint / "manifest.json"
+    names = json.loads(path.read_text())["files"]
+    contents = {name: (checkpoint / name).read_bytes() for name in names}
+    sealed = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
+    path.write_text(json.dumps({"files": sealed}))
+    return checkpoint
 
 
 def untimed(output: Path) -> list[dict]:

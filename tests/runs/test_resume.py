@@ -13,18 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from checkpoints import PROMPTS, REPO, TINY_DREAM, TINY_LLADA, write_dream, write_reward
-from peft import PeftModel
+from checkpoints import PROMPTS, REPO, write_dream, write_reward
 from processes import TRAIN, altered_train, finish, start, start_ranks, wait_until
 from safetensors.torch import load_file
 from training import adapter, assert_same_run, changed, go, resolved, saved, tables, untimed, write
 
 from rgrl.algo.learning_rate import learning_rate
-from rgrl.checkpoint import Saver, check_model, checkpoints, damage, load_adapter, save
+from rgrl.checkpoint import Saver, check_model, checkpoints, damage, save
 from rgrl.config import OptimConfig, load_config
 from rgrl.errors import ConfigError
-from rgrl.models import add_lora, load_policy
-from rgrl.models.families import FAMILIES
+from rgrl.models import load_policy
 from rgrl.tracking import read_metrics
 from rgrl.trainer import Loop, evaluate
 
@@ -231,7 +229,7 @@ def test_a_checkpoint_is_what_the_run_needs_and_nothing_else(tiny, tmp_path, dre
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     about = json.loads((folder / "about.json").read_text())
-    assert about.keys() == {"processes", "versions", "prompts", "rows", "model", "reward", "guide", "judge"}
+    assert about.keys() == {"processes", "versions", "commit", "prompts", "rows", "model", "reward", "guide", "judge"}
     assert about["processes"] == 1 and about["prompts"].startswith("6 prompts (SHA-256 ")
     assert about["model"].keys() == {"family", "config", "tokenizer", "weights"} and about["guide"] == about["reward"]
     assert about["versions"]["torch"] == importlib.metadata.version("torch")
@@ -522,35 +520,3 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path):
     for a, b in zip(alone[:4], pair[:4], strict=True):
         same = [key for key in a if "die_at_call" not in key]
         assert {key: b[key] for key in same} == pytest.approx({key: a[key] for key in same}, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["dream", "llada"])
-def test_adapter_loads_in_plain_peft(tiny, tmp_path, name, request):
-    folder = request.getfixturevalue(f"{name}_dir")
-    tiny["model"]["path"] = str(folder)
-    tiny["optim"]["learning_rate"] = 0.02
-    path = go(tiny, tmp_path, eval_steps=0) / "checkpoints" / "step_000002"
-    assert json.loads((path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
-
-    # The base in transformers' own class: only the names and the settings need translating.
-    family = FAMILIES[name]
-    made = family.make_config({"dream": TINY_DREAM, "llada": TINY_LLADA}[name])
-    made.is_causal = False
-    base = family.model_class(made).eval()
-    base.load_state_dict({family.rename(k): v for k, v in load_file(folder / "model.safetensors").items()})
-    ids_BL = torch.randint(0, 4000, (3, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        untrained_BLV = base(input_ids=ids_BL).logits
-        plain_BLV = PeftModel.from_pretrained(base, path / "adapter").eval()(input_ids=ids_BL).logits
-
-    config = resolved(tiny, tmp_path)
-    policy = add_lora(load_policy(config.model), config.lora, seed=9).eval()
-    load_adapter(path, policy)
-    with torch.no_grad():
-        ours_BLV = policy.logits(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))
-    if name == "dream":  # whose state at l-1 scores token l
-        plain_BLV, untrained_BLV, ours_BLV = plain_BLV[:, :-1], untrained_BLV[:, :-1], ours_BLV[:, 1:]
-    usable = torch.arange(policy.vocab_size) != policy.mask_id
-    plain_BLV, untrained_BLV = (x[..., : policy.vocab_size][..., usable] for x in (plain_BLV, untrained_BLV))
-    torch.testing.assert_close(plain_BLV, ours_BLV[..., usable], rtol=1e-5, atol=1e-5)
-    assert (plain_BLV - untrained_BLV).abs().max() > 1e-2
