@@ -93,7 +93,7 @@ def sample(words: list[str]) -> None:
     """Print completions of the eval prompts with their rewards, as JSON lines.
 
     They are guided as `guidance` says, the best of each group first. With --run.resume_from_checkpoint latest (or a
-    folder) the trained adapter writes them, otherwise the base model.
+    folder) the trained adapter writes them, otherwise that of `lora.path`, or without one the base model.
     """
 
     def command(config: "Config") -> None:
@@ -108,7 +108,8 @@ def sample(words: list[str]) -> None:
 def evaluate(words: list[str]) -> None:
     """Print the metrics of unguided completions of the eval prompts, as JSON.
 
-    They are of the adapter that --run.resume_from_checkpoint names (latest, or a folder), of the base model without it.
+    They are of the adapter that --run.resume_from_checkpoint names (latest, or a folder), otherwise of the one in
+    `lora.path`, or without one of the base model.
     """
 
     def command(config: "Config") -> None:
@@ -142,6 +143,29 @@ def report(words: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): name a file with --output") from error
     say(f"{state(given.run)}\n\n{as_text(given.run, plotted)}")
+
+
+def export(words: list[str]) -> None:
+    """Write a run's adapter, or the whole model with it merged in, as a folder to load and to publish.
+
+    The adapter has the names of the base's own checkpoint, so `peft` loads it on the class of the base's authors. With
+    --merge it is added to copies of the base's weight files, and config, tokenizer and code are copied as they are.
+    Either comes with a model card, README.md. A folder that is not empty is never written to.
+    """
+    parser = parser_of(export)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's output folder, or a checkpoint's folder")
+    parser.add_argument("--merge", action="store_true", help="the whole model, with the adapter merged in")
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", default="latest", help="`latest` (default), a step or a folder"
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to, instead of RUN/export/step_N")
+    parser.add_argument("--model", metavar="PATH", help="where the base is, if it is not at the run's `model.path` now")
+    given = parser.parse_args(words)
+    quiet_libraries()
+    from rgrl.export import export as write
+
+    folder = write(given.run, given.merge, given.checkpoint, given.output, given.model)
+    say(f"{'model' if given.merge else 'adapter'}: {folder}\nto publish it: hf upload my-org/name {folder}")
 
 
 def schema(words: list[str]) -> None:
@@ -185,6 +209,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "sample": (WITH_SETTINGS, sample),
     "evaluate": (WITH_SETTINGS, evaluate),
     "report": ("RUN [--output FILE.png]", report),
+    "export": ("RUN [--merge] [--checkpoint WHICH] [--output FOLDER] [--model PATH]", export),
     "schema": ("[--output FILE]", schema),
     "doctor": ("", doctor),
 }

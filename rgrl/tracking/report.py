@@ -61,9 +61,14 @@ def state(output_dir: Path) -> str:
     return f"{output_dir}: step {done}{total}"
 
 
-def summary(output_dir: Path) -> str:
-    """Start and end of the evaluation, or of the rollouts where there is none, and seconds by phase."""
-    lines = read_metrics(output_dir / "metrics.jsonl")
+def summary(output_dir: Path, last_step: int | None = None) -> str:
+    """Start and end of the evaluation, or of the rollouts where there is none, and seconds by phase.
+
+    Of the steps up to `last_step` (None: of all).
+    """
+    lines = [
+        line for line in read_metrics(output_dir / "metrics.jsonl") if last_step is None or line["step"] <= last_step
+    ]
     evals = [line for line in lines if line.get("eval/reward") is not None]
     rollouts = [line for line in lines if line.get("reward") is not None]
     if evals:

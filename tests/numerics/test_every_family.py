@@ -3,17 +3,23 @@
 import json
 import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from checkpoints import REPO, TINY_DREAM, random_weights, save, save_fast_tokenizer, write_a2d, write_dream, write_llada
+from safetensors.torch import load_file
 from training import adapter, changed, go, untimed
 
-from rgrl.config import ConfigError, GuidanceConfig, ModelConfig, RolloutConfig
+from rgrl.config import ConfigError, GuidanceConfig, LoraConfig, ModelConfig, RolloutConfig
 from rgrl.config.schema import FAMILIES as NAMES
-from rgrl.models import families, load_policy
+from rgrl.export import export
+from rgrl.models import add_lora, families, load_policy
 from rgrl.models.batch import pad_left
+from rgrl.models.names import layer_of
+from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
 from rgrl.rewards import load_classifier
 from rgrl.rollout import generate
@@ -181,7 +187,7 @@ def test_a_path_that_leads_to_no_family_is_one_line(family, told, dream_dir):
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_training_and_resuming(checkpoint, tiny, tmp_path):
+def test_training_resuming_and_exporting(checkpoint, tiny, tmp_path):
     """Two guided steps; gone on with after the first, by the settings that the run wrote, they end the same."""
     model = {"path": checkpoint.path, "family": checkpoint.family}
     config = changed(tiny, model=model, run={"eval_steps": 0}, optim={"learning_rate": 0.01}) | {"judge": {}}
@@ -193,5 +199,23 @@ def test_training_and_resuming(checkpoint, tiny, tmp_path):
     assert adapter(whole, 1) != adapter(whole, 2) == adapter(parts, 2)
     # `auto` is written as the names that it stood for.
     names = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} if checkpoint.family == PLUG_IN else SEVEN
-    saved = json.loads((first / "adapter" / "adapter_config.json").read_text())
-    assert names == {*saved["target_modules"]} == {*written["lora"]["targets"]}
+    assert names == {*written["lora"]["targets"]}
+    exported_and_loaded_again(checkpoint, whole, written, tmp_path)
+
+
+def exported_and_loaded_again(checkpoint, run, written, folder):
+    """The adapter has the checkpoint's own names; it and the merged model give the same logits."""
+    out, merged = (export(run, merge, "latest", folder / f"out_{merge}", None) for merge in (False, True))
+    stored = {name for path in Path(checkpoint.path).glob("*.safetensors") for name in load_file(path)}
+    layers = {layer_of(name) for name in load_file(out / "adapter_model.safetensors")}
+    assert {f"{layer}.weight" for layer in layers} <= stored
+    lora = LoraConfig(**written["lora"] | {"path": str(out)})
+    adapted = add_lora(load_policy(checkpoint), lora, seed=1).eval()
+    start_from(adapted, read_start(lora), lora)
+    row, rows = tokens(9), []
+    for policy in (load_policy(checkpoint), adapted, load_policy(replace(checkpoint, path=str(merged)))):
+        with torch.no_grad():
+            logits_BLV = policy.logits(*pad_left(row, "cpu", fill=0))
+        rows.append(logits_BLV.masked_fill(logits_BLV.isinf(), 0.0))
+    torch.testing.assert_close(rows[1], rows[2], rtol=0, atol=1e-5)
+    assert (rows[1] - rows[0]).abs().max() > 1e-2

@@ -25,7 +25,7 @@ from rgrl.errors import REQUEUE, RunStoppedError
 from rgrl.header import processes, short
 from rgrl.tracking import report
 
-COMMANDS = ["train", "sample", "evaluate", "report", "schema", "doctor"]
+COMMANDS = ["train", "sample", "evaluate", "report", "export", "schema", "doctor"]
 HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets", "wandb")
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "types", "seeds", "plugins", "hub", "console", "environment", "config"},
     {"models", "rewards", "data", "rollout", "algo", "tracking"},
     {"runtime", "checkpoint"},
-    {"evaluation"},
+    {"evaluation", "export"},
     {"setup"},
     {"step", "header"},
     {"trainer"},

@@ -25,6 +25,7 @@ SHORT = {  # what makes it short, by a word of the command
     "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1".split(),
     "--config": ["--run.steps", "1", "--data.eval_prompts", "8"],
     "report": [],
+    "export": [],
 }
 
 
