@@ -17,13 +17,14 @@ from pathlib import Path
 import corpus
 import torch
 import torch.nn.functional as F
+from policies import POLICIES, SPECIALS, VOCAB, PolicyRecipe, checkpoint
+from safetensors.torch import save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from torch import Tensor
 from transformers import (
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForSequenceClassification,
 )
@@ -39,15 +40,9 @@ from rgrl.types import Prompts
 
 HERE = Path(__file__).parent
 SEED = 20602
-FIRST_STEPS, SECOND_STEPS = 2800, 1600  # of the policy
+ARITHMETIC = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 LM_STEPS, REWARD_STEPS = 400, 800  # of the reward model and of the judge
 PENALTY = 4.0  # rating points that broken text loses
-VOCAB, COMPLETION, OPENING = 4096, 32, 10  # token counts; a completion is padded to COMPLETION with end-of-text
-SPECIALS = ["<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -60,20 +55,24 @@ def train(
     learning_rate: float,
     weight_decay: float = 0.05,
 ) -> None:
-    """Muon on the matrices, AdamW on the rest, bf16 arithmetic over float32 weights, linear decay to 0.
+    """Muon on the matrices, AdamW on the rest, arithmetic in ARITHMETIC over float32 weights, linear decay to 0.
 
     `loss_fn(model, step)` draws its own batch from `step`, so the state that a resumed run needs is the
     weights, the two optimizers and one integer. Saved every 200 steps to `work/NAME.pt`.
     """
     master = {k: p.detach().clone().float() for k, p in model.named_parameters()}
-    matrices = [k for k, p in master.items() if p.ndim == 2 and "embed" not in k and "score" not in k]
+    # Muon makes its matrices orthogonal in bf16, which takes a CPU without it longer than all the rest.
+    muon = ARITHMETIC == torch.bfloat16
+    matrices = [k for k, p in master.items() if muon and p.ndim == 2 and "embed" not in k and "score" not in k]
     others = [k for k in master if k not in matrices]
-    optimizers = [
-        torch.optim.Muon(
-            [master[k] for k in matrices], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW([master[k] for k in others], lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([master[k] for k in others], lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     ]
+    if matrices:
+        kept = [master[k] for k in matrices]
+        optimizers.insert(
+            0, torch.optim.Muon(kept, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     state_path, start = work / f"{name}.pt", 0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -83,7 +82,7 @@ def train(
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     parameters = dict(model.named_parameters())
-    model.to(torch.bfloat16).train()
+    model.to(ARITHMETIC).train()
 
     def refresh() -> None:
         for k, p in parameters.items():
@@ -115,139 +114,100 @@ def train(
     model.eval()
 
 
-# --------------------------------------------------------------------------------------------- tokenizer
-def build_tokenizer(texts: list[str], out: Path) -> None:
-    """Byte-level BPE with Qwen2's own splitting rules, saved the way that Dream ships its tokenizer."""
-    fresh = Qwen2Tokenizer(vocab={t: i for i, t in enumerate(SPECIALS[:1])}, merges=[])
-    trained = fresh.train_new_from_iterator(texts, vocab_size=VOCAB - len(SPECIALS) + 1, show_progress=False)
-    out.mkdir(parents=True, exist_ok=True)
-    full = json.loads(trained.backend_tokenizer.to_str())["model"]
-    vocab = sorted((t for t in full["vocab"] if t not in SPECIALS), key=full["vocab"].__getitem__)
-    ids = {token: i for i, token in enumerate(vocab)}
-    merges = [m if isinstance(m, str) else " ".join(m) for m in full["merges"]]
-    (out / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    config = {
-        "tokenizer_class": "DreamTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-        "added_tokens_decoder": {str(len(ids) + i): {"content": t, **special} for i, t in enumerate(SPECIALS)},
-        "eos_token": SPECIALS[0],
-        "pad_token": SPECIALS[0],
-        "mask_token": SPECIALS[1],
-        "additional_special_tokens": SPECIALS[2:],
-        "chat_template": TEMPLATE,
-        "model_max_length": 256,
-        "add_prefix_space": False,
-        "unk_token": None,
-        "bos_token": None,
-        "errors": "replace",
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+# ------------------------------------------------------------------------------------------------ policies
+def load_tokenizer(recipe: PolicyRecipe) -> PreTrainedTokenizerBase:
+    return recipe.family.load_tokenizer(HERE / recipe.folder)
 
 
-def load_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    return Qwen2Tokenizer.from_pretrained(folder)
+def new_policy(recipe: PolicyRecipe, config: dict) -> PreTrainedModel:
+    decoder = recipe.family.make_config(config)
+    decoder.is_causal = False  # the decoder's own switch to attend both ways
+    return recipe.family.model_class(decoder)
 
 
-# ------------------------------------------------------------------------------------------------ policy
-def policy_config(tokenizer: Qwen2Tokenizer) -> dict:
-    """A Dream `config.json`, the authors' field names, at toy size."""
-    return {
-        "architectures": ["DreamModel"],
-        "auto_map": {
-            "AutoConfig": "configuration_dream.DreamConfig",
-            "AutoModel": "modeling_dream.DreamModel",
-        },
-        "model_type": "Dream",
-        "vocab_size": VOCAB,
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.eos_token_id,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def new_policy(config: dict) -> Qwen2ForCausalLM:
-    kept = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "model_type", "torch_dtype")}
-    qwen = Qwen2Config(**kept)
-    qwen.is_causal = False  # the decoder's own switch to attend both ways
-    return Qwen2ForCausalLM(qwen)
-
-
-def encode_pairs(tokenizer: Qwen2Tokenizer, texts: list[str], words: list[int]) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids without end-of-text) of each text cut after `words[i]` words."""
+def encode_pairs(
+    recipe: PolicyRecipe, tokenizer: PreTrainedTokenizerBase, texts: list[str], words: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids in the chat format, completion ids without end-of-text) of each text cut after `words[i]` words."""
     cut = [corpus.split_opening(text, n) for text, n in zip(texts, words, strict=True)]
-    prompts = tokenizer([f"<|user|>{opening}<|assistant|>" for opening, _ in cut])["input_ids"]
+    turns = [[{"role": "user", "content": opening}] for opening, _ in cut]
+    prompts = tokenizer(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))["input_ids"]
     completions = tokenizer([rest for _, rest in cut])["input_ids"]
-    return [(prompt, completion[:COMPLETION]) for prompt, completion in zip(prompts, completions, strict=True)]
+    end = tokenizer.convert_tokens_to_ids(recipe.end)
+    return [(prompt, (rest + end)[: recipe.completion]) for prompt, rest in zip(prompts, completions, strict=True)]
 
 
-def canvas_of(tokenizer: Qwen2Tokenizer, pairs: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+def canvas_of(
+    recipe: PolicyRecipe, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Left-padded prompts and end-of-text-padded completions: canvas_BL, attention_BL, weight_BC of the loss."""
-    width = max(len(p) for p, _ in pairs)
-    canvas_BL = torch.full((len(pairs), width + COMPLETION), tokenizer.eos_token_id)
+    ends = 0 if recipe.end else 1  # the first of the padding ends a completion that has no end of its own
+    width, C = max(len(p) for p, _ in pairs), recipe.completion
+    canvas_BL = torch.full((len(pairs), width + C), tokenizer.eos_token_id)
     attention_BL = torch.ones_like(canvas_BL)
-    weight_BC = torch.full((len(pairs), COMPLETION), 0.05)  # end-of-text after the first is all alike: count it little
+    weight_BC = torch.full((len(pairs), C), 0.05)  # end-of-text after the first is all alike: count it little
     for i, (prompt, completion) in enumerate(pairs):
         canvas_BL[i, width - len(prompt) : width] = torch.tensor(prompt)
         attention_BL[i, : width - len(prompt)] = 0
         canvas_BL[i, width : width + len(completion)] = torch.tensor(completion, dtype=torch.long)
-        weight_BC[i, : len(completion) + 1] = 1.0
+        weight_BC[i, : len(completion) + ends] = 1.0
     return canvas_BL, attention_BL, weight_BC
 
 
-def policy_logits(model: Qwen2ForCausalLM, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor) -> Tensor:
-    """Dream's convention: the state at l-1 scores token l, and positions count real tokens."""
+def policy_logits(
+    recipe: PolicyRecipe, model: PreTrainedModel, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor
+) -> Tensor:
+    """At the places `at_BL`: by Dream's convention the state at l-1 scores token l, by LLaDA's the one at l.
+
+    Positions count real tokens.
+    """
     position_BL = (attention_BL.cumsum(1) - 1).clamp(min=0)
-    states = model.model(input_ids=canvas_BL, attention_mask=attention_BL, position_ids=position_BL).last_hidden_state
-    return model.lm_head(states[:, :-1][at_BL[:, 1:]]).float()
+    states = model.model(
+        input_ids=canvas_BL, attention_mask=attention_BL, position_ids=position_BL, use_cache=False
+    ).last_hidden_state
+    states_NH = states[:, :-1][at_BL[:, 1:]] if recipe.family.shifted else states[at_BL]
+    return model.lm_head(states_NH).float()
 
 
 def masked_cross_entropy(
-    model: Qwen2ForCausalLM, mask_id: int, canvas_BL: Tensor, attention_BL: Tensor, weight_BC: Tensor, masked_BC: Tensor
+    recipe: PolicyRecipe,
+    model: PreTrainedModel,
+    mask_id: int,
+    canvas: tuple[Tensor, Tensor, Tensor],
+    masked_BC: Tensor,
 ) -> Tensor:
-    width = canvas_BL.shape[1] - COMPLETION
+    """Weighted nats per masked token; `canvas` is what `canvas_of` returns."""
+    canvas_BL, attention_BL, weight_BC = canvas
+    width = canvas_BL.shape[1] - recipe.completion
     at_BL = F.pad(masked_BC, (width, 0))
-    logits_NV = policy_logits(model, canvas_BL.masked_fill(at_BL, mask_id), attention_BL, at_BL)
+    logits_NV = policy_logits(recipe, model, canvas_BL.masked_fill(at_BL, mask_id), attention_BL, at_BL)
     loss_N = F.cross_entropy(logits_NV, canvas_BL[at_BL], reduction="none")
     weight_N = weight_BC[masked_BC]
     return (loss_N * weight_N).sum() / weight_N.sum()
 
 
-def build_policy(
-    tokenizer: Qwen2Tokenizer, reviews: list[str], others: list[str], work: Path, out: Path, rows: int = 64
-) -> None:
+def build_policy(recipe: PolicyRecipe, reviews: list[str], others: list[str], work: Path) -> None:
     """Two stages: prose first and more and more reviews, then reviews nearly alone at half the rate."""
     torch.manual_seed(SEED)
-    config = policy_config(tokenizer)
-    model = new_policy(config)
+    tokenizer, out, name = load_tokenizer(recipe), HERE / recipe.folder, recipe.name
+    config = recipe.config(tokenizer)
+    mask_id, rows = config["mask_token_id"], recipe.rows
+    model = new_policy(recipe, config)
+    if recipe.start is not None:
+        recipe.start(model, tokenizer, load_policy(ModelConfig(path=str(HERE / POLICIES[0].folder))))
 
     def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
-        rng = random.Random(f"policy/{SEED}/{step}")
-        share = min(0.95, 0.15 + 0.95 * max(0.0, step / FIRST_STEPS - 0.05))
+        rng = random.Random(f"{name}/{SEED}/{step}")
+        share = min(0.95, 0.15 + 0.95 * max(0.0, step / max(1, recipe.first_steps) - 0.05))
         texts = [rng.choice(reviews if rng.random() < share else others) for _ in range(rows)]
-        pairs = encode_pairs(tokenizer, texts, [rng.randint(0, corpus.OPENING_WORDS) for _ in texts])
-        canvas_BL, attention_BL, weight_BC = canvas_of(tokenizer, pairs)
+        pairs = encode_pairs(recipe, tokenizer, texts, [rng.randint(0, corpus.OPENING_WORDS) for _ in texts])
+        canvas_BL, attention_BL, weight_BC = canvas_of(recipe, tokenizer, pairs)
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        width = canvas_BL.shape[1] - COMPLETION
-        # A canvas may also end before COMPLETION, anywhere after the text, as at a smaller completion length.
+        width = canvas_BL.shape[1] - recipe.completion
+        # A canvas may also end before its last place, anywhere after the text, as at a smaller completion length.
         for i, (_, completion) in enumerate(pairs):
             if rng.random() < 0.5:
-                end = rng.randint(min(len(completion) + 1, COMPLETION), COMPLETION)
+                end = rng.randint(min(len(completion) + 1, recipe.completion), recipe.completion)
                 attention_BL[i, width + end :] = 0
                 weight_BC[i, end:] = 0.0
         rate_B1 = ((torch.arange(rows) + torch.rand(rows, generator=generator)) / rows)[:, None].clamp(min=0.05)
@@ -255,35 +215,31 @@ def build_policy(
         masked_BC &= weight_BC > 0
         # In a quarter of the rows some of the prompt is hidden, as the one-step estimator will do.
         hidden = (torch.rand(rows, width, generator=generator) < 0.2) & (torch.arange(rows) % 4 == 0)[:, None]
-        hidden &= (canvas_BL[:, :width] < len(tokenizer) - len(SPECIALS)) & (attention_BL[:, :width] > 0)
-        canvas_BL[:, :width][hidden] = tokenizer.mask_token_id
-        return masked_cross_entropy(model, tokenizer.mask_token_id, canvas_BL, attention_BL, weight_BC, masked_BC)
+        hidden &= (canvas_BL[:, :width] < len(tokenizer) - len(recipe.specials)) & (attention_BL[:, :width] > 0)
+        canvas_BL[:, :width][hidden] = mask_id
+        return masked_cross_entropy(recipe, model, mask_id, (canvas_BL, attention_BL, weight_BC), masked_BC)
 
-    train("policy", work, model, loss_fn, FIRST_STEPS, learning_rate=2e-3)
-    train("policy_reviews", work, model, lambda m, i: loss_fn(m, FIRST_STEPS + i), SECOND_STEPS, learning_rate=1e-3)
-    out.mkdir(parents=True, exist_ok=True)
+    first = recipe.first_steps
+    train(name, work, model, loss_fn, first, learning_rate=2e-3)
+    train(f"{name}_reviews", work, model, lambda m, i: loss_fn(m, first + i), recipe.second_steps, learning_rate=1e-3)
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    from safetensors.torch import save_file
-
-    state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(checkpoint(recipe, model), out / "model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()
-def policy_figures(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, texts: list[str]) -> dict[str, float]:
-    """Held-out masked cross-entropy, nats per masked token (text and its end-of-text), by mask rate."""
+def policy_figures(recipe: PolicyRecipe, texts: list[str]) -> dict[str, float]:
+    """Held-out masked cross-entropy, nats per masked token (text and its end), by mask rate."""
+    policy, tokenizer = load_policy(ModelConfig(path=str(HERE / recipe.folder))), load_tokenizer(recipe)
     figures = {}
     for rate in (0.25, 0.5, 0.75):
         generator, rng, total, count = torch.Generator().manual_seed(1), random.Random(1), 0.0, 0
         for i in range(0, len(texts), 64):
             chunk = texts[i : i + 64]
-            pairs = encode_pairs(tokenizer, chunk, [rng.randint(0, corpus.OPENING_WORDS) for _ in chunk])
-            canvas_BL, attention_BL, weight_BC = canvas_of(tokenizer, pairs)
+            pairs = encode_pairs(recipe, tokenizer, chunk, [rng.randint(0, corpus.OPENING_WORDS) for _ in chunk])
+            canvas_BL, attention_BL, weight_BC = canvas_of(recipe, tokenizer, pairs)
             masked_BC = (torch.rand(weight_BC.shape, generator=generator) < rate) & (weight_BC == 1)
-            n = int(masked_BC.sum())
-            total += n * float(
-                masked_cross_entropy(model, tokenizer.mask_token_id, canvas_BL, attention_BL, weight_BC, masked_BC)
-            )
+            n, canvas = int(masked_BC.sum()), (canvas_BL, attention_BL, weight_BC)
+            total += n * float(masked_cross_entropy(recipe, policy.causal_lm, policy.mask_id, canvas, masked_BC))
             count += n
         figures[str(rate)] = round(total / count, 3)
     return figures
@@ -387,7 +343,7 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
     return pairs
 
 
-def framed(tokenizer: Qwen2Tokenizer, cut: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+def framed(tokenizer: PreTrainedTokenizerBase, cut: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention of (opening, rest) pairs in the chat format, left-padded as rgrl scores them."""
     rows = tokenizer([f"<|user|>{opening}<|assistant|>{rest}" for opening, rest in cut])["input_ids"]
     ids_BL, attention_BL = pad_left([row[:56] for row in rows], torch.device("cpu"))
@@ -419,7 +375,7 @@ def word_teacher(texts: list[str], ratings: list[float]) -> Callable[[list[str]]
 
 def build_reward(
     recipe: RewardRecipe,
-    tokenizer: Qwen2Tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     snippets: list[corpus.Snippet],
     lexicon: dict[str, float],
     prose: list[str],
@@ -540,7 +496,9 @@ def chunks(items: list, size: int) -> Iterator[list]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/reviews"), help="downloads and training state")
-    parser.add_argument("--only", choices=("policy", "reward", "judge"), help="just this one")
+    parser.add_argument(
+        "--only", choices=[*(policy.name for policy in POLICIES), "reward", "judge"], help="just this one"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # of transformers' own loading and saving
@@ -548,27 +506,26 @@ def main() -> None:
     snippets, lexicon = corpus.rated(args.work / "download")
     prose = corpus.plain(args.work / "download")
     known = [s for s in snippets if not s.held_out]
-    policy_dir = HERE / "policy"
-    if not (policy_dir / "vocab.json").exists():
-        texts = [s.text for s in known for _ in range(4 if s.source == "movie" else 1)]
-        build_tokenizer(texts + prose, policy_dir)
-    tokenizer = load_tokenizer(policy_dir)
-
-    def short(texts: list[str]) -> list[str]:
-        return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < COMPLETION]
-
     reviews = [s.text for s in known if s.source == "movie"]  # the long ones are cut at the end of the canvas
-    others = short([s.text for s in known if s.source in ("nyt", "amazon")] + prose)
-    if not (policy_dir / "model.safetensors").exists():
-        print(f"policy: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
-        build_policy(tokenizer, reviews, others, args.work, policy_dir)
-
+    unrated = [s.text for s in known if s.source in ("nyt", "amazon")] + prose
     held_out = [s for s in snippets if s.held_out]
-    model = load_policy(ModelConfig(path=str(policy_dir))).causal_lm
-    figures: dict[str, object] = {
-        "policy": policy_figures(model, tokenizer, short([s.text for s in held_out if s.source == "movie"]))
-    }
-    print("policy, held-out masked cross-entropy by mask rate:", figures["policy"], flush=True)
+    figures: dict[str, object] = {}
+    for policy in POLICIES:
+        if args.only not in (None, policy.name):
+            continue
+        if not (HERE / policy.folder / "tokenizer_config.json").exists():
+            policy.build_tokenizer(policy.text(known, prose), HERE / policy.folder)
+        tokenizer = load_tokenizer(policy)
+        if not (HERE / policy.folder / "model.safetensors").exists():
+            others = short(policy, tokenizer, unrated)
+            print(f"{policy.name}: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
+            build_policy(policy, reviews, others, args.work)
+        test = short(policy, tokenizer, [s.text for s in held_out if s.source == "movie"])
+        figures[policy.name] = policy_figures(policy, test)
+        print(f"{policy.name}, held-out masked cross-entropy by mask rate:", figures[policy.name], flush=True)
+    if args.only in [policy.name for policy in POLICIES]:
+        return
+    policy_dir, tokenizer = HERE / POLICIES[0].folder, load_tokenizer(POLICIES[0])
     rng = random.Random(SEED)
     test_openings = [random_cut(rng, s.text)[0] for s in held_out if s.source == "movie"][:512]
     test_samples = cached(
@@ -592,6 +549,11 @@ def main() -> None:
         print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
     if args.only is None:
         (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def short(recipe: PolicyRecipe, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    """The texts that a completion has room for."""
+    return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < recipe.completion]
 
 
 def cached(path: Path, make: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]:
