@@ -25,6 +25,8 @@ def header(run: Run, first_step: int, records: str) -> list[str]:
     ]
     if config.lora.path is not None and first_step == 1:
         lines.append(f"starting from the adapter {config.lora.path}")
+    if (coverage := run.coverage) is not None:
+        lines.append(str(coverage))
     if config.objective.correction != "none" and config.guidance.kind != "none":
         kind = "exact" if exact(config) else "an approximation (see `exact` in rgrl/algo/corrections.py)"
         lines.append(f"correcting for guidance: the ratio of a whole completion is {kind}")

@@ -24,6 +24,7 @@ from rgrl.models.readout import READOUTS, Places, Readout, token_logp
 from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
+from rgrl.rewards.bridge import Coverage
 from rgrl.rollout import Guidance, generate
 from rgrl.rollout.guidance import guidance_at
 from rgrl.rollout.sampling import sampled_logp
@@ -50,6 +51,12 @@ class Run:
     fingerprints: dict[str, Any]  # of models and data, for checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)
     tell: Callable[[str], None] = lambda text: None  # shows a few words beside the bar; the loop sets it
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """How the guide is shown the policy's tokens; None where there is no guide, or nothing is lost."""
+        coverage = self.guide_model.coverage if self.guide_model is not None else None
+        return None if coverage is None or coverage.same else coverage
 
     def guidance(self, settings: GuidanceConfig) -> Guidance | None:
         """What steers rollouts under these settings; None if nothing does."""
@@ -87,7 +94,7 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     check_lengths(config, policy, [prompts] if eval_prompts is None else [prompts, eval_prompts])
     rewards, guide_model = load_rewards(config, device)
     if guide_model is not None:
-        guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge)
+        guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
     judge = load_judge(config.judge, device)
     for model in {model: None for model in (rewards.model, guide_model, judge) if model is not None}:
         model.frame.make_room(config.rollout.max_completion_length)

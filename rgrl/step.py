@@ -22,7 +22,7 @@ from rgrl.rollout.generate import generate
 from rgrl.rollout.guidance import guidance_at
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import fraction, global_rows, quantiles, reduce_sum, sum_gradients
-from rgrl.runtime.metrics import guidance_metrics, rollout_metrics
+from rgrl.runtime.metrics import bridge_metrics, guidance_metrics, rollout_metrics
 from rgrl.runtime.skipped import keep_batch
 from rgrl.seeds import generators, row_keys
 from rgrl.setup import Run
@@ -74,6 +74,8 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
     if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = settings.eta
+        if run.coverage is not None:
+            metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
         if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
     return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rgrl.models.adapter import merge_adapter
 from rgrl.models.fingerprint import adapter_fingerprint, fingerprint
 from rgrl.models.text import guarded, token_ids, unseen_tokens
 from rgrl.models.weights import check_finite
-from rgrl.rewards.bridge import bridge_embeddings
+from rgrl.rewards.bridge import Coverage, bridge_embeddings
 from rgrl.rewards.frame import Frame, Framed
 from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
 from rgrl.rewards.honoured import check_used, read_config
@@ -71,7 +72,7 @@ class ClassifierReward(nn.Module):
         self.reasons: dict[str, str] = {}
         self.embedding_VD: Tensor | None = None
         self.unseen_V: Tensor | None = None  # the policy's tokens that its text lacks
-        self.bridge_share: dict[str, float] = {}
+        self.coverage: Coverage | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,11 +87,16 @@ class ClassifierReward(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- guiding
     def bind(
-        self, policy_tokenizer: PreTrainedTokenizerBase, vocab_size: int, mode: str = "compose"
+        self,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        mode: str = "compose",
+        end_ids: Collection[int] = (),
     ) -> "ClassifierReward":
         """Lay out this model's input embeddings in the policy's vocabulary, as guidance needs; returns itself.
 
-        `mode` as in `RewardConfig.bridge`. Raises `ConfigError` for a model that cannot guide.
+        `mode` as in `RewardConfig.bridge`; `end_ids` end a completion, beside the tokenizer's end token. Raises
+        `ConfigError` for a model that cannot guide.
         """
         if self.way is None:
             why = "; ".join(f"{way}: {reason}" for way, reason in self.reasons.items())
@@ -98,8 +104,9 @@ class ClassifierReward(nn.Module):
                 f"reward model {self.name} scores, but cannot guide ({why}): set `guidance.kind: none`, or another "
                 "model as `guidance.path`"
             )
-        self.embedding_VD, self.bridge_share = bridge_embeddings(
-            policy_tokenizer, self.tokenizer, self.embedding_table(), vocab_size, mode
+        ends = {*end_ids, policy_tokenizer.eos_token_id}
+        self.embedding_VD, self.coverage = bridge_embeddings(
+            policy_tokenizer, self.tokenizer, self.embedding_table(), vocab_size, mode, ends
         )
         unseen = [i for i in unseen_tokens(policy_tokenizer) if i < vocab_size]
         self.unseen_V = torch.zeros(vocab_size, dtype=torch.bool, device=self.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from rgrl.algo.advantages import zero_spread
 from rgrl.algo.corrections import correction, effective_sample_size, log_ratio
 from rgrl.config import Config
+from rgrl.rewards.bridge import NAMES, SPECIAL, TEXT_KINDS, Coverage
 from rgrl.rollout.denoise import DenoiseStats
 from rgrl.runtime.collectives import fraction, quantiles, total
 from rgrl.types import Rollout, masked_mean
@@ -41,6 +42,21 @@ def rollout_metrics(
         everywhere_B = accelerator.gather(term_B.to(accelerator.device))
         metrics[f"rewards/{name}/mean"] = everywhere_B.mean().item()
         metrics[f"rewards/{name}/std"] = everywhere_B.std(correction=0).item()
+    return metrics
+
+
+def bridge_metrics(
+    accelerator: Accelerator, rollout: Rollout, is_end: Callable[[Tensor], Tensor], coverage: Coverage
+) -> dict[str, float]:
+    """How the guide is shown the text tokens of a rollout, up to the first end token, and of the vocabulary."""
+    token_BC = rollout.completion_BC
+    kind_BC = coverage.kind_V.to(token_BC.device)[token_BC]
+    text_BC = (is_end(token_BC).cumsum(1) == 0) & (kind_BC != SPECIAL)
+    vocabulary = coverage.counts()
+    metrics, every = {}, max(1.0, total(accelerator, text_BC.sum().float()))
+    for kind, name in zip(TEXT_KINDS, NAMES, strict=False):
+        metrics[f"bridge/{name}"] = total(accelerator, (text_BC & (kind_BC == kind)).sum().float()) / every
+        metrics[f"bridge/vocabulary/{name}"] = float(vocabulary[name])
     return metrics
 
 

@@ -32,6 +32,12 @@ METRICS = {
     "guidance/delta_logp": "mean log-probability under the guided minus under the policy's own distribution, nats, "
     "over all rows, also those that `guidance.share` leaves unguided",
     "guidance/outside_support": "fraction of committed tokens outside the policy's own top-p/top-k support",
+    "bridge/exact": "fraction of sampled text tokens that the guide's tokenizer has as well: they say the same bytes",
+    "bridge/composed": "fraction that it spells with several tokens, whose mean embedding the guide is shown",
+    "bridge/unmatched": "fraction of which the guide is shown nothing, or its unknown token, as `reward.bridge` says",
+    "bridge/vocabulary/exact": "tokens of the policy's vocabulary that the guide's tokenizer has as well",
+    "bridge/vocabulary/composed": "tokens that it spells with several",
+    "bridge/vocabulary/unmatched": "tokens that it is shown nothing of, or its unknown token",
     "guidance/eta": "step size of guidance in this step",
     "guidance/entropy_weight/q1": "mean entropy weight w of hidden positions, first quarter of the denoising steps",
     "guidance/entropy_weight/q2": "the same in the second quarter",

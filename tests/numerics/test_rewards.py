@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rgrl.config import Config, GuidanceConfig, RewardConfig
 from rgrl.errors import ConfigError
 from rgrl.rewards import Rewards, load_classifier, load_rewards
-from rgrl.rewards.bridge import bridge_embeddings
+from rgrl.rewards.bridge import NAMES, bridge_embeddings
 from rgrl.types import Prompts
 
 TEMPLATES = {
@@ -139,37 +139,42 @@ def test_bridge_of_the_same_tokenizer_is_the_identity(reward_dir, policy_tokeniz
     for mode in ("compose", "unknown", "zero"):
         reward.bind(policy_tokenizer, 4096, mode)
         assert torch.equal(reward.embedding_VD, reward.model.get_input_embeddings().weight[:4096])
-        assert reward.bridge_share == {"same": 1.0, "composed": 0.0, "unknown": 0.0, "zero": 0.0}
+        assert reward.coverage.same
+        assert reward.coverage.counts() == {"exact": 4096, "composed": 0, "unmatched": 0, "special": 0}
 
 
 @pytest.mark.parametrize("mode", ["compose", "unknown", "zero"])
 def test_bridge_to_another_tokenizer(mode, policy_tokenizer, small_tokenizer):
     table_UD = torch.randn(len(small_tokenizer), 5, generator=torch.Generator().manual_seed(0))
-    bridge_VD, share = bridge_embeddings(policy_tokenizer, small_tokenizer, table_UD, 4096, mode)
+    bridge_VD, coverage = bridge_embeddings(policy_tokenizer, small_tokenizer, table_UD, 4096, mode)
     vocabulary = small_tokenizer.get_vocab()
-    seen = dict.fromkeys(share, 0)
+    seen, expected = dict.fromkeys(NAMES, 0), []
     for i, token in enumerate(policy_tokenizer.convert_ids_to_tokens(range(4096))):
         pieces = [] if i >= 4092 else small_tokenizer.backend_tokenizer.encode(policy_tokenizer.decode([i])).tokens
-        if token in vocabulary:
-            kind, expected_D = "same", table_UD[vocabulary[token]]
-        elif mode == "zero":
-            kind, expected_D = "zero", torch.zeros(5)
-        elif mode == "compose" and "".join(pieces) == token:  # the pieces spell the very bytes of the token
+        if i >= 4092:  # no special token of the same name
+            kind, expected_D = "special", torch.zeros(5)
+        elif token in vocabulary:
+            kind, expected_D = "exact", table_UD[vocabulary[token]]
+        elif mode == "compose":  # the pieces spell the very bytes of the token
+            assert "".join(pieces) == token
             kind, expected_D = "composed", torch.stack([table_UD[vocabulary[p]] for p in pieces]).mean(0)
         else:
-            kind, expected_D = "unknown", table_UD[small_tokenizer.unk_token_id]
-        torch.testing.assert_close(bridge_VD[i], expected_D, msg=lambda m, t=token, k=kind: f"{t!r} as {k}: {m}")
+            unknown_D = table_UD[small_tokenizer.unk_token_id]
+            kind, expected_D = "unmatched", unknown_D if mode == "unknown" else torch.zeros(5)
+        expected.append(expected_D)
+        assert NAMES[coverage.kind_V[i]] == kind
         seen[kind] += 1
-    assert share == pytest.approx({kind: n / 4096 for kind, n in seen.items()})
-    assert sum(share.values()) == pytest.approx(1.0)
-    assert seen["same"] > 200 and seen[{"compose": "composed"}.get(mode, mode)] > 3000
+    torch.testing.assert_close(bridge_VD, torch.stack(expected))
+    assert coverage.counts() == seen and sum(seen.values()) == 4096 and not coverage.same
+    assert seen["exact"] > 200 and seen["composed" if mode == "compose" else "unmatched"] > 3000
 
 
 def test_bridge_without_an_unknown_token_uses_the_end_token(policy_tokenizer, small_tokenizer):
     no_unknown = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer.backend_tokenizer, eos_token="<end>")
     table_UD = torch.randn(len(no_unknown), 5, generator=torch.Generator().manual_seed(0))
     bridge_VD, _ = bridge_embeddings(policy_tokenizer, no_unknown, table_UD, 4096, "unknown")
-    assert torch.equal(bridge_VD[policy_tokenizer.mask_token_id], table_UD[no_unknown.eos_token_id])
+    word = policy_tokenizer.convert_tokens_to_ids("Ġperformances")
+    assert torch.equal(bridge_VD[word], table_UD[no_unknown.eos_token_id])
 
 
 # Sums of rewards
