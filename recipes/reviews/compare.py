@@ -2,6 +2,7 @@
 
     python recipes/reviews/compare.py --out runs/compare
     python recipes/reviews/compare.py --out runs/compare --set ablation --seeds 0 1
+    python recipes/reviews/compare.py --out runs/bridge --set bridge
 
 Steps cost more or less, so first a step of each variant is timed, all of them in turn: in processor seconds of one
 thread, which are its wall clock where nothing else runs. Each then gets as many steps as fit into the time of
@@ -80,7 +81,9 @@ ABLATION = {
         *"--guidance.kind none --rollout.block_length 10 --optim.learning_rate 8e-4".split()
     ),
 }
-SETS = {"main": MAIN, "ablation": ABLATION}
+# What the guide is shown of tokens that its own tokenizer does not have.
+BRIDGE = {mode: ("llada", ["--reward.bridge", mode]) for mode in ("compose", "unknown", "zero")}
+SETS = {"main": MAIN, "ablation": ABLATION, "bridge": BRIDGE}
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
