@@ -60,7 +60,7 @@ def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
     logged = {key for line in read_metrics(go(tiny, tmp_path) / "metrics.jsonl") for key in line} - {"step"}
     generic = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", key) for key in logged}
     assert generic <= METRICS.keys()
-    bridge = {name for name in METRICS if name.startswith("bridge/")}  # tests/runs/test_bridge.py
+    bridge = {name for name in METRICS if name.startswith("bridge/")}  # tests/runs/test_bridged_run.py
     assert METRICS.keys() <= generic | bridge | {"time/checkpoint"}, "the glossary explains what nothing logs"
 
 
