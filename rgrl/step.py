@@ -74,11 +74,21 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
     if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = settings.eta
+        metrics["guidance/retokenised"] = retokenised(run, prompts, rollout, completions)
         if run.coverage is not None:
             metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
         if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
     return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)
+
+
+def retokenised(run: Run, prompts: Prompts, rollout: Rollout, completions: list[str]) -> float:
+    """The fraction of completions, over all ranks, of which guidance was shown other tokens than scoring reads."""
+    assert run.guide_model is not None
+    ended_BC = run.policy.is_end(rollout.completion_BC).cumsum(1) > 0
+    tokens = [ids[~ended].tolist() for ids, ended in zip(rollout.completion_BC, ended_BC, strict=True)]
+    told_B = torch.tensor(run.guide_model.retokenised(prompts, tokens, completions), device=run.policy.device)
+    return fraction(run.accelerator, [told_B.sum()], [torch.tensor(len(told_B), device=run.policy.device)])
 
 
 # ------------------------------------------------------------------------------------------------------- update

@@ -16,13 +16,14 @@ NAMES = ("exact", "composed", "unmatched", "special")
 
 @dataclass(frozen=True)
 class Coverage:
-    """How the reward model is shown each of the policy's tokens: kind_V, int8, of `KINDS`.
+    """How the reward model is shown each of the policy's tokens: kind_V, int8, of `KINDS`, and as which token.
 
     `EXACT`: as a token of its own that says the same bytes. `COMPOSED`: as several, or as what its normaliser makes of
     it. `UNMATCHED`: as unknown, or not at all. `SPECIAL`: not at all, as decoded text leaves it out.
     """
 
     kind_V: Tensor
+    token_V: Tensor  # int64, the reward model's token of the exact ones, -1 of others
     mode: str
 
     @property
@@ -57,7 +58,7 @@ def bridge_embeddings(
     decoding leaves it out; but with `compose` a token of `end_ids` takes the row of the reward model's end token.
     EntRGi (2602.05000) uses the unknown token for Dream and zero for LLaDA; composing is ours.
     """
-    theirs = Surfaces(reward_tokenizer, len(embedding_UD))
+    theirs = Surfaces(reward_tokenizer, len(embedding_UD), is_read=True)
     kind_V, rows = _match(Surfaces(policy_tokenizer, vocab_size), theirs, mode == "compose")
     unknown_id, end_id = reward_tokenizer.unk_token_id, reward_tokenizer.eos_token_id
     unknown_id = end_id if unknown_id is None else unknown_id
@@ -67,7 +68,9 @@ def bridge_embeddings(
             rows[i] = [unknown_id]
         elif kind == SPECIAL and mode == "compose" and i in end_ids and end_id is not None and end_id < U:
             rows[i] = [end_id]
-    return _means(embedding_UD, [ids or [] for ids in rows]), Coverage(torch.tensor(kind_V, dtype=torch.int8), mode)
+    same = [ids[0] if kind == EXACT and ids else -1 for kind, ids in zip(kind_V, rows, strict=True)]
+    coverage = Coverage(torch.tensor(kind_V, dtype=torch.int8), torch.tensor(same), mode)
+    return _means(embedding_UD, [ids or [] for ids in rows]), coverage
 
 
 def _match(ours: Surfaces, theirs: Surfaces, compose: bool) -> tuple[list[int], list[list[int] | None]]:

@@ -154,6 +154,22 @@ class ClassifierReward(nn.Module):
             logits = heads[-1][torch.arange(len(at_B), device=at_B.device), at_B]
         return logits[:, 0].float()
 
+    def retokenised(self, prompts: Prompts, tokens: list[list[int]], completions: list[str]) -> list[bool]:
+        """Whether scoring reads each completion as other tokens than guidance was shown. After `bind`.
+
+        `tokens` are the policy's, up to the end; `completions` is their text.
+        """
+        assert self.coverage is not None and self.unseen_V is not None
+        told = []
+        for prompt, ids, completion in zip(prompts.texts, tokens, completions, strict=True):
+            at = torch.tensor(ids, dtype=torch.long)
+            own = self.coverage.token_V[at[~self.unseen_V.cpu()[at]]].tolist()
+            before, after = self.frame.around(prompt)
+            cut = self.frame.cut
+            told.append(before.ids + own + after.ids != self.frame.framed(prompt, completion).ids)
+            self.frame.cut = cut  # it was counted when it was scored
+        return told
+
     # -------------------------------------------------------------------------------------------------- scoring
     def tokenise(self, completion: str) -> list[int]:
         """The tokens of a completion by itself."""

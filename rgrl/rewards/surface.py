@@ -22,21 +22,23 @@ Says = Callable[[str], bytes | None]
 class Surfaces:
     """A tokenizer's tokens below `size` by what they say.
 
-    `bytes_of[i]` is None for a special token, for a hole in the vocabulary, and for what has no text of its own.
+    `bytes_of[i]` is None for a special token, for a hole in the vocabulary, and for what has no text of its own; with
+    `is_read` for every control token, as what a model reads as one is never text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, is_read: bool = False) -> None:
         self.tokenizer, self.size = tokenizer, size
         self.tokens: list[str | None] = [None] * size
         for token, i in tokenizer.get_vocab().items():
             if i < size:
                 self.tokens[i] = token
         self.specials = special_ids(tokenizer)
+        silent = self.specials | (set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))) if is_read else set())
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
         self.kinds = kinds_of(tokenizer)
         says = way_of_writing(tokenizer, self.kinds)
         self.bytes_of = [
-            None if token is None or i in self.specials else added[i].encode() if i in added else says(token)
+            None if token is None or i in silent else added[i].encode() if i in added else says(token)
             for i, token in enumerate(self.tokens)
         ]
 

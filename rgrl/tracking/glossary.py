@@ -32,6 +32,7 @@ METRICS = {
     "guidance/delta_logp": "mean log-probability under the guided minus under the policy's own distribution, nats, "
     "over all rows, also those that `guidance.share` leaves unguided",
     "guidance/outside_support": "fraction of committed tokens outside the policy's own top-p/top-k support",
+    "guidance/retokenised": "fraction of completions that are scored as other tokens than the guide was shown",
     "bridge/exact": "fraction of sampled text tokens that the guide's tokenizer has as well: they say the same bytes",
     "bridge/composed": "fraction that it spells with several tokens, whose mean embedding the guide is shown",
     "bridge/unmatched": "fraction of which the guide is shown nothing, or its unknown token, as `reward.bridge` says",

@@ -146,6 +146,31 @@ def test_a_word_that_is_written_like_a_special_token_is_text():
     assert set(row_of(policy, reward, "</s> ")[1]) == {"<", "/", "s", ">", "Ġ"}
 
 
+def test_a_control_token_of_the_reward_model_is_spelled_even_where_it_is_not_special():
+    policy, reward = byte_level(), byte_level()
+    for tokenizer in (policy, reward):
+        tokenizer.add_tokens(["<b>", "<i>"])
+    reward.chat_template = "{% for m in messages %}<b>{{ m.content }}{% endfor %}"
+    assert row_of(policy, reward, "<b>") == ("composed", {"<": 0.333, "b": 0.333, ">": 0.333})
+    assert row_of(policy, reward, "<i>") == ("exact", {"<i>": 1.0})
+
+
+def test_what_the_scorer_tokenises_otherwise_is_noticed(llada_tokenizer):
+    reward = load_classifier(REVIEWS / "reward")
+    reward.bind(reward.tokenizer, len(reward.tokenizer))
+    prompts = Prompts([PROMPTS[0]] * 4, [{}] * 4)
+    whole = reward.tokenise(" is funny and moving")
+    letters = [reward.tokenizer.convert_tokens_to_ids(letter) for letter in "Ġfunny"]
+    special = reward.tokenizer.convert_tokens_to_ids("<|user|>")
+    rows = [whole, letters, [*whole[:1], special, *whole[1:]], []]
+    texts = [reward.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    assert reward.retokenised(prompts, rows, texts) == [False, True, False, False]
+    reward.bind(llada_tokenizer, len(llada_tokenizer))
+    texts = [" works well.", " doesn't work at all."]
+    rows = llada_tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert reward.retokenised(prompts.take([0, 1]), rows, texts) == [False, True]
+
+
 def test_a_table_with_fewer_rows_than_tokens_is_not_read_beyond():
     policy, reward = byte_level(), byte_level()
     bridge_VU, coverage = bridge_embeddings(policy, reward, torch.eye(len(reward))[:500], len(policy) + 7, "compose")
