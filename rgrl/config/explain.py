@@ -53,7 +53,6 @@ ALIASES = {
     "loss_type": "objective.name",
     "lr": "optim.learning_rate",
     "lr_scheduler_type": "optim.schedule",
-    "max_length": "rollout.max_completion_length",
     "max_new_tokens": "rollout.max_completion_length",
     "max_steps": "run.steps",
     "mini_batch_size": "run.gradient_accumulation_steps",
