@@ -35,6 +35,8 @@ from rgrl.config import Config, check, to_dict
 from rgrl.console import inform, warn
 from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
+from rgrl.evaluation.alarm import History, basis, look, measure
+from rgrl.evaluation.held_out import HeldOut
 from rgrl.header import header, what_runs
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import counts
@@ -137,6 +139,7 @@ class Loop:
     saved: int  # step of the newest checkpoint
     clock: Clock = field(default_factory=Clock)
     complained: bool = False  # about something that could not be written, after the step before
+    alarm: str | None = None  # why the newest evaluation looks like reward hacking
 
     def run_steps(self) -> str | None:
         """Take the steps that are left; returns why the run ended before the last, if it did."""
@@ -199,12 +202,19 @@ class Loop:
             warn(f"{problem}; the run goes on and tries again (run.on_write_error)")
         self.complained = unwritten
         hopeless = self.progress.skipped_in_a_row >= config.run.max_skipped
-        if due(step, config.run.save_steps, config.run.steps) or unwritten or hopeless:
+        # After the last step there is nothing left to stop.
+        hacking = self.alarm is not None and config.run.on_hacking == "stop" and step < config.run.steps
+        if due(step, config.run.save_steps, config.run.steps) or unwritten or hopeless or hacking:
             self.save()
         if hopeless:
             raise RunStoppedError(
                 f"{self.progress.skipped_in_a_row} updates in a row had a loss or gradient that is not finite "
                 f"(`run.max_skipped`); their batches are in {Path(config.run.output_dir) / 'skipped'}"
+            )
+        if hacking:
+            raise RunStoppedError(
+                f"stopped at step {step}, which looks like reward hacking: {self.alarm} (`run.on_hacking`); all is "
+                "saved: go on with --run.resume_from_checkpoint latest --run.on_hacking warn, or from an older one"
             )
         return reason
 
@@ -224,13 +234,34 @@ class Loop:
     def evaluate(self) -> dict[str, float]:
         """Run every evaluator, save its table, and return the metrics of all."""
         metrics: dict[str, float] = {}
+        self.alarm = None
         with self.clock.phase("eval"):
             for evaluator in self.run.evaluators:
                 result = evaluator(self.run.generate, self.progress.step)
                 self.tracker.table(self.progress.step, evaluator.name, result.rows)
                 metrics |= result.metrics
+                if isinstance(evaluator, HeldOut) and self.run.config.run.on_hacking != "off":
+                    metrics |= self.watch(result)
         self.run.tell("")
         return metrics
+
+    def watch(self, result: Evaluation) -> dict[str, float]:
+        """Look for reward hacking in an evaluation, and remember it; returns the metrics of that.
+
+        Every rank has the same rows, and so finds the same.
+        """
+        run, step = self.run, self.progress.step
+        history, now = History.of(self.progress.evaluations), basis(run.config, run.fingerprints)
+        if history.basis != now:
+            if history.count and run.accelerator.is_main_process:
+                warn("reward, judge, prompts or sampling have changed: the hacking alarm compares from here on only")
+            history = History(now)
+        found = look(history, measure(step, result.rows))
+        self.progress = replace(self.progress, evaluations=found.history.saved())
+        self.alarm = "; ".join(found.alarms) or None
+        if self.alarm is not None and run.accelerator.is_main_process:
+            warn(f"step {step} looks like reward hacking: {self.alarm} (± one standard error; see docs/hacking.md)")
+        return found.metrics
 
 
 def exchange(

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from rgrl.config import load_config
 from rgrl.data import PromptStream
-from rgrl.evaluation.held_out import distinct_2
+from rgrl.evaluation.guards import distinct
 from rgrl.runtime.clock import Clock
 from rgrl.setup import Run, set_up
 from rgrl.step import roll_out, rollout_step, update_step
@@ -78,7 +78,7 @@ def main() -> None:
             scored = roll_out(replace(run, config=config), run.eval_prompts, config.guidance, 0, "price", Clock())
             reward += scored.reward_B.tolist()
             judge += run.judge.score(scored.prompts, scored.completions).tolist()
-            texts.append(distinct_2(scored.completions))
+            texts.append(distinct(scored.completions, 2))
         ratio = statistics.median(a / b for a, b in zip(taken[name], taken["unguided"], strict=True))
         mean = torch.tensor(reward).mean().item()
         half = 1.96 * torch.tensor(reward).std().item() / len(reward) ** 0.5

@@ -22,7 +22,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     skipped_in_a_row: int = 0
+    evaluations: dict[str, Any] = field(default_factory=dict)  # what the hacking alarm remembers of earlier ones
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

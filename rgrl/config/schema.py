@@ -357,6 +357,9 @@ class RunConfig:
     max_skipped: Annotated[Whole, Ge(1), Le(MANY)] = 10
     """Number of updates in a row skipped for a loss or gradient that is not finite, after which the run stops. The
     batch of each is written to `skipped/`."""
+    on_hacking: Literal["warn", "stop", "off"] = "warn"
+    """When an evaluation looks like reward hacking, the reward up while judge or diversity is down, each by more than
+    its noise (docs/hacking.md): `warn` says so; `stop` also saves and ends the run with code 1; `off` does not look."""
     on_write_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint, a line of metrics or a table cannot be written, such as on a full disk: `stop` ends the run;
     `continue` warns and tries again after the next step, except for a table, which is lost. Older checkpoints stay

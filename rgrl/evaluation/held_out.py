@@ -12,17 +12,12 @@ from torch import Tensor
 from rgrl.algo.estimators import masked_nll
 from rgrl.config import Config
 from rgrl.evaluation import Evaluation, Generate
+from rgrl.evaluation.guards import distinct, empty, top_word
 from rgrl.models import Policy
 from rgrl.rewards import ClassifierReward, Rewards
 from rgrl.rollout import Guidance
 from rgrl.seeds import generators
 from rgrl.types import Prompts, Rollout
-
-
-def distinct_2(texts: list[str]) -> float:
-    """Distinct word pairs over all word pairs of a set of texts (Li et al. 2016, arXiv 1510.03055); 0 if none."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 @dataclass
@@ -104,11 +99,17 @@ class HeldOut:
         rows = sorted(gather_object(gathered.rows), key=lambda row: row["index"])
         guided = dict(gather_object(list(gathered.guided.items())))
         base_nll, count, own_nll, cut = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
-        reward = [row["reward"] for row in rows]
+        reward, texts = [row["reward"] for row in rows], [row["completion"] for row in rows]
+        word, held = top_word([row["prompt"] for row in rows], texts)
+        for row, holds in zip(rows, held, strict=True):
+            row["top_word"] = word if holds else None
         metrics = {
             "eval/reward": _mean(reward),
             "eval/reward_std": _std(reward),
-            "eval/distinct_2": distinct_2([row["completion"] for row in rows]),
+            "eval/distinct_1": distinct(texts, 1),
+            "eval/distinct_2": distinct(texts, 2),
+            "eval/top_word": sum(held) / len(rows),
+            "eval/empty": empty(texts),
             "eval/base_nll": base_nll / max(count, 1.0),
             "eval/kl": (base_nll - own_nll) / max(count, 1.0),
             "eval/length": _mean([row["length"] for row in rows]),

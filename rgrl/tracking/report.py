@@ -17,8 +17,20 @@ from rgrl.errors import ConfigError
 from rgrl.tracking.journal import read_metrics
 
 PHASES = ("rollout", "reward", "update", "eval", "checkpoint")
-MEASURES = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/length")
+MEASURES = (
+    "eval/reward",
+    "eval/judge",
+    "eval/distinct_1",
+    "eval/distinct_2",
+    "eval/top_word",
+    "eval/length",
+    "eval/empty",
+    "eval/base_nll",
+    "eval/kl",
+)
+GUARDS = ("eval/distinct_2", "eval/top_word", "eval/length", "eval/base_nll")
 Lines = list[dict[str, Any]]
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, NotImplementedError)  # tables: pyarrow's own are among them
 
 
 def check(output_dir: Path) -> None:
@@ -73,6 +85,13 @@ def summary(output_dir: Path, last_step: int | None = None) -> str:
     rollouts = [line for line in lines if line.get("reward") is not None]
     if evals:
         text = _table("unguided, held-out prompts", evals, MEASURES)
+        for i, row in enumerate(text):
+            if row.startswith("eval/top_word "):
+                text[i] += _words(output_dir, evals)
+        if len(evals) > 1:
+            text.append(_verdict(evals[0], evals[-1]))
+        if alarms := [str(line["step"]) for line in evals if line.get("hacking/alarm")]:
+            text.append(f"looked like reward hacking at step {', '.join(alarms)} (docs/hacking.md)")
     elif rollouts:
         text = _table("rollouts, no evaluation", rollouts, ("reward",))
     else:
@@ -98,13 +117,63 @@ def _table(title: str, lines: Lines, measures: tuple[str, ...]) -> list[str]:
     return text
 
 
+def guards(first: dict[str, Any], last: dict[str, Any]) -> dict[str, str | None]:
+    """What a rise of the reward must not cost, by metric: how the last of two evaluations misses it, None if it holds.
+
+    At least 0.9 of the start's distinct_2 and 0.75 of its length, no content word in more than a quarter of the
+    completions, at most half a nat a token more under the base. What either lacks is not among them.
+    """
+    found: dict[str, str | None] = {}
+    for key in GUARDS:
+        start, now = first.get(key), last.get(key)
+        if key == "eval/top_word" and now is not None:
+            found[key] = f"{key} is {now:.3g}, above 0.25" if now > 0.25 else None
+        elif start is None or now is None:
+            continue
+        elif key == "eval/base_nll":
+            found[key] = f"{key} rose by {now - start:.3g}, more than 0.5" if now > start + 0.5 else None
+        else:
+            least = 0.9 if key == "eval/distinct_2" else 0.75
+            found[key] = f"{key} is {now:.3g}, below {least} of its start, {start:.3g}" if now < least * start else None
+    return found
+
+
+def _verdict(first: dict[str, Any], last: dict[str, Any]) -> str:
+    """The guards in one line, also those that nothing is known of."""
+    found = guards(first, last)
+    missed = "; ".join(words for words in found.values() if words is not None)
+    unknown = [key for key in GUARDS if key not in found]
+    told = f"guards missed: {missed}" if missed else "guards: none missed"
+    return told + (f" (not measured: {', '.join(unknown)})" if unknown else "")
+
+
+def eval_tables(output_dir: Path) -> dict[int, Path]:
+    """The tables of the evaluations in a run's folder, by step."""
+    named = ((re.fullmatch(r"eval_(\d+)\.parquet", path.name), path) for path in output_dir.glob("completions/*"))
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def counted_word(output_dir: Path, step: int) -> str | None:
+    """The word that `eval/top_word` counts in the evaluation of this step; None if its table cannot tell."""
+    try:
+        rows = _by_index(eval_tables(output_dir)[step]).values()
+    except UNREADABLE:
+        return None
+    return next((row["top_word"] for row in rows if row.get("top_word") is not None), None)
+
+
+def _words(output_dir: Path, evals: Lines) -> str:
+    """The words of the first evaluation and of the last."""
+    found = [counted_word(output_dir, step) for step in dict.fromkeys((evals[0]["step"], evals[-1]["step"]))]
+    return f"   ({', then '.join(word or '?' for word in found)})" if any(found) else ""
+
+
 def before_and_after(output_dir: Path, count: int = 4) -> str:
     """The first `count` eval prompts with their completions at the first and the last evaluation."""
-    named = ((re.fullmatch(r"eval_(\d+)\.parquet", path.name), path) for path in output_dir.glob("completions/*"))
-    tables = [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+    tables = list(eval_tables(output_dir).values())
     try:
         return _samples([_by_index(path) for path in tables[:1] + tables[1:][-1:]], count)
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's own are among them
+    except UNREADABLE as error:
         return f"samples: a table in {output_dir / 'completions'} cannot be read ({type(error).__name__})"
 
 

@@ -1,0 +1,54 @@
+"""How sure a mean over a few dozen prompts is: Student's t."""
+
+import math
+import statistics
+
+# Beyond as many degrees of freedom the distribution is the normal one for every purpose here, and the sum gets long.
+_MANY = 2000
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """The probability that Student's t with so many degrees of freedom (at least 1) is above `t`.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    if math.isnan(t):
+        return math.nan
+    n = min(freedom, _MANY + freedom % 2)
+    theta = math.atan2(t, math.sqrt(n))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    # The terms of the sum: cos^k times (2 4 ... (k-1)) / (3 5 ... k) for odd n, (1 3 ... (k-1)) / (2 4 ... k) for even.
+    term, total = (cosine, 0.0) if n % 2 else (1.0, 0.0)
+    for k in range(n % 2, n - 1, 2):
+        total += term
+        term *= cosine * cosine * (k + 1) / (k + 2)
+    inside = 2 / math.pi * (theta + sine * total) if n % 2 else sine * total  # between -t and t, with the sign of t
+    return max(0.0, (1 - inside) / 2)
+
+
+def t_quantile(tail: float, freedom: int) -> float:
+    """The t above which Student's t with so many degrees of freedom is with probability `tail`, above 0 and below ½."""
+    high = 1.0
+    while t_tail(high, freedom) > tail:
+        high *= 2
+    low = 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
+    return high
+
+
+def binomial_tail(count: int, n: int, probability: float) -> float:
+    """The probability of at least `count` successes in `n` independent trials."""
+    logs = (math.log(probability), math.log1p(-probability))
+    chosen = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(count, n + 1))
+    return math.fsum(
+        math.exp(log + k * logs[0] + (n - k) * logs[1]) for k, log in zip(range(count, n + 1), chosen, strict=True)
+    )
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """The mean, and half of its 95 % interval (Student's t); the half is NaN for a single value."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    return mean, t_quantile(0.025, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
