@@ -145,6 +145,42 @@ def report(words: list[str]) -> None:
     say(f"{state(given.run)}\n\n{as_text(given.run, plotted)}")
 
 
+def judge(words: list[str]) -> None:
+    """Score a run's saved completions with another judge, and print a table by step.
+
+    Beside the run's own reward and judge it shows the mean of this one over the held-out prompts, with its 95 %
+    interval, and its change since the first evaluation, prompt by prompt. The run need not have ended; nothing of it is
+    changed.
+    """
+    parser = parser_of(judge)
+    parser.add_argument("run", metavar="RUN", type=Path, help="its output folder (`run.output_dir`)")
+    parser.add_argument("--judge", metavar="PATH", required=True, help="folder or Hub id, as `judge.path`")
+    parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter of that model, merged when it is loaded")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of its weights")
+    parser.add_argument("--max-length", metavar="N", type=at_least(0), default=0, help="as `judge.max_length`")
+    parser.add_argument("--batch", metavar="N", type=at_least(1), default=16, help="completions scored at a time (16)")
+    parser.add_argument("--output", metavar="FILE.csv", type=Path, help="write the table here too, into a new file")
+    given = parser.parse_args(words)
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(f"judging runs in one process, and {processes} were started")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for a run
+    with read_by_libraries():
+        quiet_libraries()
+        from rgrl.evaluation import rejudge
+    if given.output is not None:
+        rejudge.check_output(given.output)
+    tables = rejudge.read_tables(given.run)
+    model = rejudge.load(given.judge, given.adapter, given.dtype, given.max_length)
+    model.frame.make_room(rejudge.completion_length(given.run))
+    lines = rejudge.summary(rejudge.with_bar(tables, model, given.batch))
+    if given.output is not None:
+        rejudge.write_csv(given.output, lines)
+    say(f"{given.run}: mean ± half of the 95 % interval over prompts; this judge: {given.judge}\n")
+    say(rejudge.as_text(lines))
+    if model.frame.cut:
+        say(f"\n{model.frame.cut} texts were too long for this judge, and lost the beginning of their prompt")
+
+
 def export(words: list[str]) -> None:
     """Write a run's adapter, or the whole model with it merged in, as a folder to load and to publish.
 
@@ -209,6 +245,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "sample": (WITH_SETTINGS, sample),
     "evaluate": (WITH_SETTINGS, evaluate),
     "report": ("RUN [--output FILE.png]", report),
+    "judge": ("RUN --judge PATH [--output FILE.csv]", judge),
     "export": ("RUN [--merge] [--checkpoint WHICH] [--output FOLDER] [--model PATH]", export),
     "schema": ("[--output FILE]", schema),
     "doctor": ("", doctor),
@@ -310,6 +347,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, not {text[:60]!r}")
+        return int(text)
+
+    return number
 
 
 def parser_of(command: Callable[[list[str]], None]) -> Parser:

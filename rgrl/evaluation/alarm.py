@@ -19,7 +19,7 @@ from rgrl.evaluation.intervals import binomial_tail, t_tail
 # Whose fall is a cost of a rising reward, and the direction that is a fall.
 COSTS = {"judge": -1, "distinct_2": -1, "top_word": +1}
 RISE = 0.01  # one-sided level at which the reward has risen
-FALSE_ALARMS = 0.01  # most probable share of runs with an alarm, of those in which judge and diversity stay the same
+FALSE_ALARMS = 0.05  # most probable share of runs with an alarm, of those in which judge and diversity stay the same
 FEW = 0.25  # of the completions: a word that no more of them hold is no alarm
 
 
@@ -92,7 +92,7 @@ def look(history: History, now: Measured) -> Look:
     first = history.kept[0] if history.kept else now
     shared = [name for name in ("reward", *COSTS) if name in first.values and name in now.values]
     metrics = {f"hacking/{name}": in_errors(*change(name, first, now)) for name in shared if history.kept}
-    alarms = [found for name in COSTS if (found := _fallen(name, history, now)) is not None]
+    alarms = _in_words([found for name in COSTS if (found := _fallen(name, history, now)) is not None], now)
     if history.kept:
         metrics["hacking/alarm"] = float(bool(alarms))
     kept = {first.step: first} | {best.step: best for best in _best([*history.kept, now])}
@@ -107,29 +107,39 @@ def _best(candidates: list[Measured]) -> Iterator[Measured]:
             yield min(having, key=lambda one: sign * one.values[name])
 
 
-def _fallen(name: str, history: History, now: Measured) -> str | None:
-    """Since when the reward has risen and this measure fallen, each by more than noise, in words; None if never."""
-    n = len(now.parts["reward"])
-    if n < 2 or name not in now.values:
-        return None
-    k = history.count
+def _fallen(name: str, history: History, now: Measured) -> tuple[Measured, str] | None:
+    """Since when the reward has risen and this measure fallen, each by more than noise, and by how much; None if never.
+
+    Of several earlier evaluations it names the first.
+    """
+    n, k = len(now.parts["reward"]), history.count
     for before in history.kept:
-        if name not in before.values:
+        if n < 2 or name not in before.values or name not in now.values:
             continue
-        gain, cost = change("reward", before, now), change(name, before, now)
         # k looks so far, each at k earlier evaluations: the levels of all comparisons of a run, of all measures, add up
         # to FALSE_ALARMS, since 1/2 + 1/6 + ... + 1/(k (k + 1)) + ... = 1.
         level = FALSE_ALARMS / len(COSTS) / (k * (k + 1)) / k
-        risen = t_tail(in_errors(*gain), n - 1) < RISE
-        fallen = t_tail(COSTS[name] * in_errors(*cost), n - 1) < level
-        if risen and fallen and (name != "top_word" or binomial_tail(sum(map(bool, now.parts[name])), n, FEW) < level):
+        cost, error = change(name, before, now)
+        risen = t_tail(in_errors(*change("reward", before, now)), n - 1) < RISE
+        fallen = t_tail(COSTS[name] * in_errors(cost, error), n - 1) < level
+        if name == "top_word":
+            fallen &= binomial_tail(sum(map(bool, now.parts[name])), n, FEW) < level
+        if risen and fallen:
             word = f" to {now.values[name]:.2f} ({now.word!r})" if name == "top_word" else ""
-            verb = "rose" if COSTS[name] > 0 else "fell"
-            return (
-                f"since step {before.step} eval/reward rose by {gain[0]:.3g} ± {gain[1]:.2g} and eval/{name} {verb} by "
-                f"{abs(cost[0]):.3g} ± {cost[1]:.2g}{word}"
-            )
+            return before, f"eval/{name} {'rose' if cost > 0 else 'fell'} by {abs(cost):.3g} ± {error:.2g}{word}"
     return None
+
+
+def _in_words(found: list[tuple[Measured, str]], now: Measured) -> list[str]:
+    """A sentence for each earlier evaluation since when something has fallen."""
+    costs: dict[int, list[str]] = {}
+    gains = {before.step: change("reward", before, now) for before, _ in found}
+    for before, cost in found:
+        costs.setdefault(before.step, []).append(cost)
+    return [
+        f"since step {step} eval/reward rose by {gains[step][0]:.3g} ± {gains[step][1]:.2g} while {' and '.join(each)}"
+        for step, each in sorted(costs.items())
+    ]
 
 
 def basis(config: Config, fingerprints: dict[str, Any]) -> str:
