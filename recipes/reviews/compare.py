@@ -30,6 +30,7 @@ from rgrl.runtime.clock import Clock
 from rgrl.setup import set_up
 from rgrl.step import rollout_step, update_step
 from rgrl.tracking import read_metrics
+from rgrl.tracking.report import GUARDS, counted_word, guards
 
 HERE = Path(__file__).parent
 REFERENCE = "diffu_grpo"
@@ -84,7 +85,8 @@ ABLATION = {
 # What the guide is shown of tokens that its own tokenizer does not have.
 BRIDGE = {mode: ("llada", ["--reward.bridge", mode]) for mode in ("compose", "unknown", "zero")}
 SETS = {"main": MAIN, "ablation": ABLATION, "bridge": BRIDGE}
-NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_2", "eval/base_nll", "eval/kl", "eval/length")
+NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_1", "eval/distinct_2", "eval/top_word", "eval/length")
+NUMBERS += ("eval/empty", "eval/base_nll", "eval/kl")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
 
@@ -155,6 +157,22 @@ def reached(lines: list[dict], goal: float) -> float | None:
     return None
 
 
+def print_guards(out: Path, curves: dict, seeds: list[int]) -> None:
+    """For each variant: how many seeds miss each guard, where the alarm rang, and the most common word of each seed."""
+    print("\nseeds that miss a guard (docs/hacking.md), evaluations that rang the alarm, most common word by seed:")
+    for name, runs in curves.items():
+        found = [guards(lines[0], lines[-1]) for lines in runs]
+        # A run from before a guard was measured counts for nothing, and is told.
+        cells = []
+        for key in GUARDS:
+            known = [each[key] is not None for each in found if key in each]
+            cells.append(f"{key.removeprefix('eval/')} {sum(known)}/{len(known)}")
+        rang = sum(bool(line.get("hacking/alarm")) for lines in runs for line in lines)
+        folders = [out / name.replace(" ", "_") / str(seed) for seed in seeds]
+        words = [counted_word(folder, lines[-1]["step"]) or "-" for folder, lines in zip(folders, runs, strict=True)]
+        print(f"{name:<34}" + "  ".join(cells) + f"  alarm {rang}/{sum(map(len, runs))}  {', '.join(words)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the table")
@@ -199,9 +217,10 @@ def main() -> None:
     for name, runs in curves.items():
         cells = ""
         for number in NUMBERS:
-            mean, half = mean_and_half([lines[-1][number] for lines in runs])
+            mean, half = mean_and_half([lines[-1].get(number, float("nan")) for lines in runs])
             cells += f"{mean:>8.2f} ± {half:<4.2f}"
         print(f"{name:<34}{seconds[name]:>6.2f}{steps[name]:>6}" + cells)
+    print_guards(args.out, curves, args.seeds)
     if REFERENCE in curves:
         goals = [lines[-1]["eval/reward"] for lines in curves[REFERENCE]]
         print(f"\nshare of the budget to the final reward of {REFERENCE} (each seed's own):")

@@ -1,5 +1,6 @@
 """The command line: every command, its errors in one line, what it prints where, and what it need not import."""
 
+import csv
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
-from checkpoints import REPO
+from checkpoints import REPO, write_reward
 from processes import ENV, finish, launch_file, start
 from training import changed, go, write
 
@@ -23,9 +24,9 @@ from rgrl import cli, doctor
 from rgrl.config import load_config
 from rgrl.errors import REQUEUE, RunStoppedError
 from rgrl.header import processes, short
-from rgrl.tracking import report
+from rgrl.tracking import read_metrics, report
 
-COMMANDS = ["train", "sample", "evaluate", "report", "export", "schema", "doctor"]
+COMMANDS = ["train", "sample", "evaluate", "report", "judge", "export", "schema", "doctor"]
 HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets", "wandb")
 
 
@@ -99,6 +100,12 @@ def test_help_lists_the_commands_and_every_setting(call):
         (["train", "--config=/no/such.yaml"], ["/no/such.yaml", "no such file"]),
         (["report"], ["RUN"]),
         (["report", "a", "b"], ["unrecognized arguments: b"]),
+        (["judge", "a"], ["required: --judge"]),
+        (["judge", "--judge", "a"], ["required: RUN"]),
+        (["judge", "a", "--judge", "b", "--batch", "0"], ["--batch", "a whole number from 1, not '0'"]),
+        (["judge", "a", "--judge", "b", "--max-length", "-1"], ["--max-length", "a whole number from 0, not '-1'"]),
+        (["judge", "a", "--judge", "b", "--dtype", "int8"], ["--dtype", "float32"]),
+        (["judge", "/no/such/run", "--judge", "b"], ["/no/such/run: no such folder"]),
         (["schema", "--output", "/no/such/folder/file"], ["/no/such/folder/file", "No such file"]),
         (["doctor", "now"], ["unrecognized arguments: now"]),
     ],
@@ -221,6 +228,89 @@ def test_the_report_of_a_run_draws_its_plot_anew(finished, call, tmp_path):
     assert f"plot: {tmp_path / 'plot.png'}\n" in out and not (output / "reward.png").exists()
     assert "ends with .png" in one_error(call("report", output, "--output", tmp_path / "plot.pdf", code=2))
     assert "--output" in one_error(call("report", output, "--output", tmp_path / "none" / "plot.png", code=2))
+
+
+# -------------------------------------------------------------------------------------------------------------- judge
+def test_the_runs_own_judge_says_again_what_it_said(finished, call, judge_dir, tmp_path):
+    """Whatever the batches, and where prompts are cut too: as many tokens are kept free for completions."""
+    settings, _ = finished
+    settings = changed(settings, judge={"max_length": 13}, run={"steps": 2, "eval_steps": 1})
+    output = go(settings, tmp_path)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    words = ["judge", output, "--judge", judge_dir, "--max-length", 13, "--batch", 3, "--output", tmp_path / "x.csv"]
+    out, err = call(*words)
+    lines = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert [int(line["step"]) for line in lines] == [0, 1, 2] and "judging 11/12" in err
+    logged = {line["step"]: line for line in read_metrics(output / "metrics.jsonl")}
+    for line in lines:
+        assert float(line["new"]) == pytest.approx(logged[int(line["step"])]["eval/judge"], abs=1e-5)
+        assert float(line["judge_half"]) == pytest.approx(float(line["new_half"]), abs=1e-4) and line["n"] == "4"
+        assert float(line["reward"]) == pytest.approx(logged[int(line["step"])]["eval/reward"], abs=1e-5)
+        change = "" if line["step"] == "0" else pytest.approx(float(line["new"]) - float(lines[0]["new"]), abs=1e-6)
+        assert (line["change"] and float(line["change"])) == change
+    cut = sum(line["eval/judge_cut"] for line in logged.values())
+    assert cut > 0 and f"\n{cut:.0f} texts were too long for this judge" in out
+    assert re.search(r"\n     2      4 +-?\d\.\d\d ± \d\.\d\d .*[+-]\d\.\d\d ± \d\.\d\d\n", out)
+    assert "is overwritten" in one_error(call(*words, code=2))
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def spoilt_table(content: bytes | dict) -> Callable[[Path], object]:
+    """Put a table of another evaluation into a run's folder: these columns, or these bytes."""
+
+    def put(run: Path) -> None:
+        path = run / "completions" / "eval_000003.parquet"
+        path.write_bytes(content) if isinstance(content, bytes) else pq.write_table(pa.table(content), path)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run: shutil.rmtree(run), "no such folder"),
+        (lambda run: (shutil.rmtree(run), run.write_text("")), "not a folder"),
+        (lambda run: shutil.rmtree(run / "completions"), "no completions/eval_*.parquet"),
+        (spoilt_table(b"PAR1"), "eval_000003.parquet cannot be read"),
+        (spoilt_table({"index": [1], "text": ["a"]}), "it has no column 'prompt'"),
+        (spoilt_table({"index": [1], "prompt": ["a"], "completion": [None]}), "None in the column 'completion'"),
+        (spoilt_table({"index": pa.array([], pa.int64())}), "holds no completions"),
+    ],
+)
+def test_what_cannot_be_judged_is_named_before_a_judge_is_loaded(spoil, told, call, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    put_table(run, 0, "a completion")
+    spoil(run)
+    assert told in one_error(call("judge", run, "--judge", tmp_path / "no judge", code=2))
+
+
+def test_what_is_no_judge_is_named(call, tmp_path, dream_dir, reward_dir):
+    put_table(tmp_path, 0, "a completion")
+    two = write_reward(tmp_path / "two", labels=2)
+    for words, told in (
+        ([tmp_path / "none"], "no such folder"),
+        ([dream_dir], "config.json cannot be read"),
+        ([two], "has 2 labels"),
+        ([reward_dir, "--max-length", 999], "more than the 128 tokens"),
+        ([reward_dir, "--adapter", two], "no adapter_config.json there"),
+        ([reward_dir, "--output", tmp_path / "x.txt"], "ends with .csv"),
+        ([reward_dir, "--output", tmp_path / "none" / "x.csv"], "there is no folder"),
+        ([reward_dir, "--output", tmp_path / "completions"], "ends with .csv"),
+    ):
+        assert told in one_error(call("judge", tmp_path, "--judge", *words, code=2))
+
+
+def test_a_run_without_settings_scores_or_a_second_prompt_is_judged_too(call, tmp_path, reward_dir):
+    put_table(tmp_path, 7, "one completion")
+    out, err = call("judge", tmp_path, "--judge", reward_dir)
+    assert "config.yaml does not tell the length of completions" in err
+    assert re.search(r"\n     7      1 +7.50 +- +-?\d\.\d\d +-\n", out), out
+
+
+def test_judging_is_for_one_process(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "judging runs in one process, and 2" in one_error(call("judge", tmp_path, "--judge", "x", code=2))
 
 
 # --------------------------------------------------------------------------------------------- train, evaluate, sample

@@ -28,7 +28,7 @@ def test_bfloat16_base_trains_a_float32_adapter(tiny, tmp_path):
 
 COLUMNS = {
     "train": ["prompt", "completion", "reward", "advantage"],
-    "eval": ["index", "prompt", "completion", "reward", "judge", "length"],
+    "eval": ["index", "prompt", "completion", "reward", "judge", "length", "top_word"],
 }
 
 

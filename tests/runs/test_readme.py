@@ -26,6 +26,7 @@ SHORT = {  # what makes it short, by a word of the command
     "--config": ["--run.steps", "1", "--data.eval_prompts", "8"],
     "report": [],
     "export": [],
+    "judge": [],
 }
 
 
