@@ -26,7 +26,7 @@ FUNCTION_WORDS = frozenset(
     through throughout till toward towards under until up upon via
     not too also just only even ever never still again here there now when whenever where wherever why how
     more most less least much many few fewer several enough
-    s t d m ll re ve don doesn didn isn aren wasn weren wouldn couldn shouldn hasn haven hadn ain
+    s t d m ll re ve
     """.split()
 )
 _CONTRACTED = frozenset({"s", "re", "ve", "ll", "d", "m"})
