@@ -326,7 +326,11 @@ def evaluate(config: Config) -> Evaluation:
         run.tell = bar.set_description_str
         results = [evaluator(run.generate, 0) for evaluator in run.evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
-    return Evaluation(metrics, [row for result in results for row in result.rows])
+    rows = [row for result in results for row in result.rows]
+    word = next((row["top_word"] for row in rows if row.get("top_word") is not None), None)
+    if shown and word is not None:
+        inform(f"the content word that the most completions hold (eval/top_word): {word}")
+    return Evaluation(metrics, rows)
 
 
 def sample(config: Config) -> Iterator[dict]:

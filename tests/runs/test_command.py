@@ -340,6 +340,7 @@ def test_results_alone_are_on_stdout(finished, tmp_path, call):
     config = write(changed(settings, run={"output_dir": str(output)}), tmp_path)
     out, err = call("evaluate", "--config", config, "--run.resume_from_checkpoint", "latest")
     assert json.loads(out)["eval/reward"] and "evaluating 0/4" in err
+    assert bool(json.loads(out)["eval/top_word"]) == ("(eval/top_word): " in err)
     assert f"adapter: {output / 'checkpoints' / 'step_000002'}" in err
     out, err = call("sample", "--config", config)
     assert len([json.loads(line) for line in out.splitlines()]) == 8 and "the base model" in err
