@@ -254,7 +254,7 @@ class Loop:
         history, now = History.of(self.progress.evaluations), basis(run.config, run.fingerprints)
         if history.basis != now:
             if history.count and run.accelerator.is_main_process:
-                warn("reward, judge, prompts or sampling have changed: the hacking alarm compares from here on only")
+                inform("reward, judge, prompts or sampling have changed: the hacking alarm compares from here on only")
             history = History(now)
         found = look(history, measure(step, result.rows))
         self.progress = replace(self.progress, evaluations=found.history.saved())

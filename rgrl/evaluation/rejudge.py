@@ -106,6 +106,7 @@ def rejudge(tables: list[Table], judge: ClassifierReward, batch: int, tell: Call
 
     Raises `ConfigError` for a score that is not finite, and a text that is too long for the judge.
     """
+    judge.frame.cut = 0  # from here on it counts these texts, and not those that the judge was tried out on
     total, done, judged = sum(len(table.index) for table in tables), 0, []
     for table in tables:
         scores: list[float] = []
