@@ -51,7 +51,14 @@ def read_config(folder: Path, what: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(f"{what} is no class of transformers', and code of a checkpoint is never run") from error
         raise ConfigError(f"{what}: its config.json cannot be read: {error}") from error
+    if "AutoModelForSequenceClassification" in (raw.get("auto_map") or {}):
+        raise ConfigError(
+            f"{what} brings along a class of its own (`auto_map` in config.json), and code of a checkpoint is never "
+            f"run; if transformers' {config.model_type} class computes the same, remove `auto_map` from a copy"
+        )
     if config.num_labels != 1:
         raise ConfigError(f"{what} has {config.num_labels} labels; a reward model has exactly 1")
     check_floats({name: tensor for name, tensor in stored.items() if not _FIXED.search(name)}, what)

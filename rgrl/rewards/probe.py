@@ -21,7 +21,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}  # of the score, or of 1
 WHAT_A_MODEL_RAISES = (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
-@torch.no_grad()
 def probe(reward: ClassifierReward) -> None:
     """Try the ways to guide and keep the first that is exact. Raises `ConfigError` if not even scores are.
 
@@ -29,6 +28,12 @@ def probe(reward: ClassifierReward) -> None:
     a batch of texts of different lengths. Guiding, one text at a time and in a batch, must be the same for the tokens
     of the same frames, given as embeddings.
     """
+    _probe(reward)
+    reward.frame.cut = 0
+
+
+@torch.no_grad()
+def _probe(reward: ClassifierReward) -> None:
     prompts = Prompts(PROMPTS, [{}, {}])
     try:
         rows = [reward.frame.framed(p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

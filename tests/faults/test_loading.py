@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from checkpoints import TOKENIZER, write_dream, write_llada
+from checkpoints import TOKENIZER, write_dream, write_llada, write_reward
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -693,3 +693,35 @@ def test_weights_of_another_head_and_fixed_buffers_are_passed_over(reward_dir, t
     inert = {"lm_head.weight": torch.ones(4100, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     in_model(lambda t: t.update({**inert, "model.embeddings.position_ids": torch.arange(9)}))(folder)
     assert load_classifier(folder).fingerprint
+
+
+# ------------------------------------------------------------------------------------------ code of a checkpoint
+def with_code(folder):
+    """Add code that a checkpoint brings along, which would leave a mark if it was run. Returns where."""
+    mark = folder.parent / "ran"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass C: pass\nclass M: pass\nclass T: pass\n"
+    (folder / "own.py").write_text(code)
+    names = {"AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForSequenceClassification": "own.M"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    auto = {"auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | auto))
+    return mark
+
+
+def test_code_that_a_checkpoint_brings_along_is_never_run(tmp_path):
+    folder = write_reward(tmp_path / "r")
+    mark = with_code(folder)
+    with pytest.raises(ConfigError, match=r"`auto_map` in config.json.*never run"):
+        load_classifier(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    with pytest.raises(ConfigError, match=r"no class of transformers', and code .* is never run"):
+        load_classifier(folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    load_classifier(folder)
+    policy = write_dream(tmp_path / "p")
+    other = with_code(policy)
+    load_policy(policy)
+    assert not mark.exists() and not other.exists()
