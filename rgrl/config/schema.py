@@ -138,8 +138,9 @@ class RewardConfig:
     """When a function raises or takes too long: `stop` ends the run and names it; `zero` gives all completions of the
     call 0 from it, which contributes nothing to advantages, and counts the call in `rewards/<name>/failed`."""
     bridge: Literal["compose", "unknown", "zero"] = "compose"
-    """Embedding of a policy token that the reward model's tokenizer lacks: the mean of the tokens that spell it
-    (`compose`), the unknown or end token (`unknown`), or `zero`."""
+    """What the guide is shown of a policy token that its tokenizer lacks: the mean of the tokens that spell it
+    (`compose`), the unknown or end token (`unknown`), or `zero`. Special tokens that it lacks are zero, except that
+    with `compose` an end token is its end token. A run says and logs how much of the text this is."""
     attend_eos: Flag = False
     """Whether the end-of-text token itself is shown to the guide. False agrees with scoring decoded text."""
 
