@@ -39,6 +39,8 @@ VARIANTS = {
     "rollout.commit_above 0.6": ["--rollout.commit_above", "0.6"],
     "rollout.block_length 10": ["--rollout.block_length", "10"],
     "rollout.block_length 5": ["--rollout.block_length", "5"],
+    "rollout.block_length 10, no cache": ["--rollout.block_length", "10", "--rollout.block_cache", "false"],
+    "rollout.block_length 5, no cache": ["--rollout.block_length", "5", "--rollout.block_cache", "false"],
 }
 
 
