@@ -252,8 +252,8 @@ class Loop:
         """
         run, step = self.run, self.progress.step
         history, now = History.of(self.progress.evaluations), basis(run.config, run.fingerprints)
-        if history.basis != now:
-            if history.count and run.accelerator.is_main_process:
+        if history.basis != now or step == 0:  # the first evaluation is made anew where a run stopped right after it
+            if history.count and step and run.accelerator.is_main_process:
                 inform("reward, judge, prompts or sampling have changed: the hacking alarm compares from here on only")
             history = History(now)
         found = look(history, measure(step, result.rows))

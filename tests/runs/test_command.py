@@ -290,7 +290,7 @@ def test_what_is_no_judge_is_named(call, tmp_path, dream_dir, reward_dir):
     two = write_reward(tmp_path / "two", labels=2)
     for words, told in (
         ([tmp_path / "none"], "no such folder"),
-        ([dream_dir], "config.json cannot be read"),
+        ([dream_dir], "no class of transformers"),
         ([two], "has 2 labels"),
         ([reward_dir, "--max-length", 999], "more than the 128 tokens"),
         ([reward_dir, "--adapter", two], "no adapter_config.json there"),
