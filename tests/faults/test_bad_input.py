@@ -470,6 +470,7 @@ def test_bad_reward_stops_at_the_first_scoring(value, words, case, refuse):
     assert (case.output / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_command_prints_no_traceback(tiny, finished, tmp_path):
     cases = [
         (put("rollout.temprature", 1.0), {}, "`rollout.temperature`"),

@@ -105,7 +105,7 @@ def test_accumulation_changes_no_number_of_other_objectives(reviews, tmp_path, o
     assert told["calls"]["update"] == 4 * whole[1]["calls"]["update"]
 
 
-@pytest.mark.parametrize("block_cache", [True, False])
+@pytest.mark.parametrize("block_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path, block_cache):
     rollouts, rows = [], {"prompts_per_device": 8, "eval_steps": 0}
     for micro_batch in (0, 1, 3):
@@ -159,8 +159,9 @@ def test_two_processes_make_the_step_of_one(reviews, whole, tmp_path, accumulati
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, pytest.param({"gradient_checkpointing": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow)],
+    [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}],
 )
+@pytest.mark.slow
 def test_shared_weights_make_the_step_of_whole_ones(reviews, tmp_path, settings):
     reviews = changed(reviews, rollout={"commit_above": 0.25})  # so that rollouts end at different steps
     whole = step(resolved(reviews, tmp_path))
@@ -173,6 +174,7 @@ def test_shared_weights_make_the_step_of_whole_ones(reviews, tmp_path, settings)
     assert ranks[0][1]["calls"] == ranks[1][1]["calls"], "the processes must put the layers together equally often"
 
 
+@pytest.mark.slow
 def test_processes_that_share_weights_may_make_different_numbers_of_forward_passes(tiny, tmp_path):
     tiny["lora"]["dropout"] = 0.3
     finish(start(HELPERS / "launched_lockstep.py", write(tiny, tmp_path), tmp_path, processes=2))

@@ -21,7 +21,7 @@ LINES = [
 COMMANDS = [line.split() for line in LINES if line.startswith(("accelerate", "python", "rgrl"))]
 SHORT = {  # what makes it short, by a word of the command
     "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
-    "recipes/reviews/price.py": ["--only", "exact", "unguided", "--seeds", "1", "--rounds", "1"],
+    "recipes/reviews/price.py": ["--only", "unguided", "--seeds", "1", "--rounds", "1"],
     "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1".split(),
     "--config": ["--run.steps", "1", "--data.eval_prompts", "8"],
     "report": [],

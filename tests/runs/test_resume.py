@@ -40,9 +40,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant", [name if name == "everything" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_in_step_7_and_resumed_is_the_uninterrupted_run(tiny, tmp_path, variant):
     for section, changes in VARIANTS[variant].items():
         tiny[section] |= changes
