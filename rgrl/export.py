@@ -14,6 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from rgrl.checkpoint.format import about, checkpoints, damage, read_file, step_of
+from rgrl.checkpoint.save import flush
 from rgrl.console import warn
 from rgrl.errors import ConfigError
 from rgrl.hub import fetch_checkpoint, read_json, resolved_revision, weight_files
@@ -232,12 +233,3 @@ def whole(output: Path) -> Iterator[Path]:
         raise ConfigError(f"--output {output} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Force a file or folder to disk, where a full one says so. Raises `OSError`."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -115,7 +115,7 @@ def set_aside_after(resume: Path, step: int, output: Path) -> None:
     for folder in later:
         _set_aside(folder)
     if later:
-        _flush(output / "checkpoints")
+        flush(output / "checkpoints")
         names = ", ".join(path.name for path in later)
         warn(f"going back to {resume}: {names} of this run are set aside, and deleted when it saves again")
 
@@ -138,7 +138,7 @@ def write(config: Config, snapshot: Snapshot) -> Path:
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _put(partial / "manifest.json", _json({"files": files}))
         for folder in (partial / "adapter", partial):
-            _flush(folder)
+            flush(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # others may need its room
         raise
@@ -147,10 +147,10 @@ def write(config: Config, snapshot: Snapshot) -> Path:
         if step_of(later) >= step:
             _set_aside(later)
     os.replace(partial, final)
-    _flush(root)
+    flush(root)
     _put(root / ".latest", f"{final.name}\n".encode())
     os.replace(root / ".latest", root / "latest")
-    _flush(root)
+    flush(root)
     for old in checkpoints(output)[: -config.run.keep_checkpoints]:
         _set_aside(old)
     _clear(root)
@@ -193,7 +193,8 @@ def _clear(root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that another process has open
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Force a file or folder to disk, where a full one says so. Raises `OSError`."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

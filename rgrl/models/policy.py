@@ -17,7 +17,7 @@ from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family
 from rgrl.models.readout import Readout, read_out, token_logp
 from rgrl.models.sharding import Lockstep, shard_layers
-from rgrl.models.text import control_tokens, guarded, render, token_ids, wants_parts
+from rgrl.models.text import control_tokens, guarded, render, token_rows, wants_parts
 from rgrl.types import PrefixCache
 
 
@@ -180,7 +180,7 @@ class Policy(nn.Module):
         `ConfigError` for a text of more than `limit` tokens (None: no limit). The message quotes the text's
         entry of `quoted`, such as the prompt without its template (None: the text itself).
         """
-        rows = [token_ids(self.tokenizer, text) for text in texts]
+        rows = token_rows(self.tokenizer, texts)
         for text, ids in zip(texts if quoted is None else quoted, rows, strict=True):
             if limit is not None and len(ids) > limit:
                 raise ConfigError(

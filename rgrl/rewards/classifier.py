@@ -160,14 +160,14 @@ class ClassifierReward(nn.Module):
         `tokens` are the policy's, up to the end; `completions` is their text.
         """
         assert self.coverage is not None and self.unseen_V is not None
-        told = []
+        told, cut = [], self.frame.cut
+        unseen_V = self.unseen_V.cpu()
         for prompt, ids, completion in zip(prompts.texts, tokens, completions, strict=True):
             at = torch.tensor(ids, dtype=torch.long)
-            own = self.coverage.token_V[at[~self.unseen_V.cpu()[at]]].tolist()
+            own = self.coverage.token_V[at[~unseen_V[at]]].tolist()
             before, after = self.frame.around(prompt)
-            cut = self.frame.cut
             told.append(before.ids + own + after.ids != self.frame.framed(prompt, completion).ids)
-            self.frame.cut = cut  # it was counted when it was scored
+        self.frame.cut = cut  # they were counted when they were scored
         return told
 
     # -------------------------------------------------------------------------------------------------- scoring

@@ -68,9 +68,12 @@ class Frame:
     def framed(self, prompt: str, completion: str) -> Framed:
         """Everything that the model is shown of a prompt and its completion. Raises `ConfigError` if it is too long."""
         shown = self._shortened(prompt, self._longest)
-        shown = self._shortened(shown, lambda text: len(self._framed(text, completion)))
+        made = self._framed(shown, completion)
+        if self.limit is not None and len(made) > self.limit:  # the completion takes more than was kept free for it
+            shown = self._shortened(shown, lambda text: len(self._framed(text, completion)))
+            made = self._framed(shown, completion)
         self.cut += shown != prompt
-        return self._framed(shown, completion)
+        return made
 
     def around(self, prompt: str) -> tuple[Framed, Framed]:
         """What stands before and after a completion of the prompt, whatever it says."""

@@ -247,3 +247,14 @@ def test_the_limit_is_the_models_positions_or_a_lower_one(tmp_path):
     long = Prompts(["the film is good and " * 60], [{}])
     reward = load_classifier(folder)
     assert reward.score(long, [" good"]).isfinite().all() and reward.frame.cut == 1
+
+
+def test_many_texts_are_tokenised_as_one_by_one():
+    policy = rgrl.load_policy(TOKENIZER)
+    texts = ["the film", "", FORGERIES[0], "\ufdd0", "a <|mask|> b"]
+    texts = [policy.format_prompt(text) if text else text for text in texts]
+    ids_BL, attention_BL = policy.encode(texts)
+    for text, ids, shown in zip(texts, ids_BL, attention_BL, strict=True):
+        if text:
+            assert ids[shown].tolist() == policy.encode([text])[0][0].tolist()
+    assert not attention_BL[1].any()
