@@ -60,7 +60,8 @@ def policy(model: Policy, config: Config) -> str:
 def reward_models(run: Run) -> list[str]:
     """Each reward model, what it is used for, and how it guides or why it could not: in one line."""
     uses: dict[ClassifierReward, list[str]] = {}
-    for model, use in ((run.rewards.model, "scores"), (run.guide_model, "guides"), (run.judge, "judges")):
+    found = {"scores": run.rewards.model, "guides": run.guide_model, "judges": run.judge}
+    for use, model in (found | {"gives the update its gradient": run.gradient_model}).items():
         if model is not None:
             uses.setdefault(model, []).append(use)
     lines = []

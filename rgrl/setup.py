@@ -26,7 +26,7 @@ from rgrl.plugins import resolve
 from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
 from rgrl.rewards.bridge import Coverage
 from rgrl.rollout import Guidance, generate
-from rgrl.rollout.guidance import guidance_at
+from rgrl.rollout.guidance import Guide, guidance_at
 from rgrl.rollout.sampling import sampled_logp
 from rgrl.runtime.launch import shard_size
 from rgrl.seeds import generators, seed_globals
@@ -42,6 +42,7 @@ class Run:
     policy: Policy
     rewards: Rewards
     guide_model: ClassifierReward | None  # None: rollouts are unguided
+    gradient_model: ClassifierReward | None  # whose gradient is a term of the update; None: it has no such term
     judge: ClassifierReward | None
     stream: PromptStream
     eval_prompts: Prompts | None
@@ -55,7 +56,8 @@ class Run:
     @property
     def coverage(self) -> Coverage | None:
         """How the guide is shown the policy's tokens; None where there is no guide, or nothing is lost."""
-        coverage = self.guide_model.coverage if self.guide_model is not None else None
+        model = self.guide_model if self.guide_model is not None else self.gradient_model
+        coverage = model.coverage if model is not None else None
         return None if coverage is None or coverage.same else coverage
 
     def guidance(self, settings: GuidanceConfig) -> Guidance | None:
@@ -63,6 +65,16 @@ class Run:
         if settings.kind == "none" or self.guide_model is None:
             return None
         return self.guide_model.guidance(settings, self.config.reward.attend_eos)
+
+    def reward_of_embeddings(self, prompts: Prompts) -> Guide:
+        """The reward whose gradient is a term of the update, of completions of `prompts`."""
+        assert self.gradient_model is not None
+        return self.gradient_model.guidance(GuidanceConfig(), self.config.reward.attend_eos).guide(prompts)
+
+    @property
+    def gradient_weight(self) -> float:
+        """What that reward counts within the term: the model's weight in the sum of rewards."""
+        return self.config.reward.weight if self.config.gradient.of == "reward" else 1.0
 
     def generate(self, prompts: Prompts, numbers: Sequence[int], guidance: Guidance | None = None) -> Rollout:
         """Completions for evaluation (`rgrl.evaluation.Generate`)."""
@@ -92,19 +104,22 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
     check_lengths(config, policy, [prompts] if eval_prompts is None else [prompts, eval_prompts])
-    rewards, guide_model = load_rewards(config, device)
-    if guide_model is not None:
-        guide_model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
+    rewards, guide = load_rewards(config, device)
+    guide_model = guide if config.guidance.kind != "none" else None
+    gradient_model = None
+    if config.gradient.weight > 0:
+        gradient_model = guide if config.gradient.of == "guide" else rewards.model
+    for model in {model: None for model in (guide_model, gradient_model) if model is not None}:
+        model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
     judge = load_judge(config.judge, device)
-    for model in {model: None for model in (rewards.model, guide_model, judge) if model is not None}:
+    for model in {model: None for model in (rewards.model, guide, judge) if model is not None}:
         model.frame.make_room(config.rollout.max_completion_length)
         if model.frame.forgeable and accelerator.is_main_process:
             warn(
                 f"reward model {model.name}: only plain text stands between prompt and answer, so a completion can "
                 "write a turn of its own; read some samples"
             )
-    models = policy, rewards, guide_model, judge
-    config = resolved(config, *models)
+    config = resolved(config, policy, rewards, guide, judge)
     add_lora(policy, config.lora, config.run.seed).eval()
     begun = {} if start is None else begin_with(start, policy, config.lora, accelerator)
     if size > 1:
@@ -118,8 +133,9 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
     fingerprints = take_fingerprints(
-        {"model": policy, "reward": rewards.model, "guide": guide_model, "judge": judge}, prompts, eval_prompts
+        {"model": policy, "reward": rewards.model, "guide": guide, "judge": judge}, prompts, eval_prompts
     )
+    models = policy, rewards, guide_model, gradient_model, judge
     run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints | begun)
     if eval_prompts is not None:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))

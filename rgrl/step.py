@@ -4,6 +4,8 @@ Every process holds the frozen model, whole or its part (FSDP2), and the same ad
 exchanges only adapter gradients, a handful of sums and, where it holds a part, the weights of the next forward pass.
 """
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,15 +15,29 @@ from torch import Tensor
 from rgrl.algo.corrections import correction
 from rgrl.algo.estimators import ValuesFn
 from rgrl.algo.learning_rate import learning_rate
-from rgrl.config import GuidanceConfig
+from rgrl.algo.reward_gradient import (
+    MEANS_OVER,
+    Measured,
+    State,
+    came_true,
+    draw_steps,
+    expand,
+    expected_text,
+    first_order,
+    kl_by_row,
+    state_before,
+    term_sums,
+    text_tokens,
+)
+from rgrl.config import Config, GuidanceConfig
 from rgrl.console import warn
 from rgrl.models.lora import adapter_parameters
-from rgrl.models.readout import read_out
+from rgrl.models.readout import Places, Readout, kl_to_reference, read_out
 from rgrl.rollout.denoise import DenoiseStats
 from rgrl.rollout.generate import generate
-from rgrl.rollout.guidance import guidance_at
+from rgrl.rollout.guidance import Guide, guidance_at
 from rgrl.runtime.clock import Clock
-from rgrl.runtime.collectives import fraction, global_rows, quantiles, reduce_sum, sum_gradients
+from rgrl.runtime.collectives import fraction, global_rows, quantiles, reduce_sum, set_gradient, take_gradient
 from rgrl.runtime.metrics import bridge_metrics, guidance_metrics, rollout_metrics
 from rgrl.runtime.skipped import keep_batch
 from rgrl.seeds import generators, row_keys
@@ -75,10 +91,10 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
         metrics["guidance/eta"] = settings.eta
         metrics["guidance/retokenised"] = retokenised(run, prompts, rollout, completions)
-        if run.coverage is not None:
-            metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
         if metrics["guidance/broken"] > 0 and accelerator.is_main_process:
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
+    if run.coverage is not None and (guided_B.any() or run.gradient_model is not None):
+        metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
     return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)
 
 
@@ -101,29 +117,38 @@ class Update:
 
 
 def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, clock: Clock) -> Update:
-    """Update the adapter `objective.iterations` times on one rollout."""
+    """Update the adapter `objective.iterations` times on one rollout.
+
+    The gradient is a weighted sum of two: the objective's, and the reward's own. What has weight 0 is left out.
+    """
+    config, optimizer = run.config, run.optimizer
     metrics: dict[str, float] = {"update/skipped": 0.0}
     with clock.phase("update"):
         batch = prepare(run, scored, step)
-        for iteration in range(run.config.objective.iterations):
-            sums = accumulate_gradients(run, batch, step, iteration)
-            totals, count, norm = reduce_and_clip(run, sums)
-            rate = learning_rate(run.config, step * run.config.objective.iterations + iteration)
-            if bool((norm + totals["loss"]).isfinite()):
-                for group in run.optimizer.param_groups:
+        for iteration in range(config.objective.iterations):
+            terms = {}
+            if config.objective.weight > 0:
+                terms["objective"] = objective_gradient(run, batch, step, iteration)
+            if config.gradient.weight > 0:
+                terms["gradient"] = reward_term_gradient(run, batch, step, iteration)
+            found, norm = reduce_and_clip(run, terms)
+            rate = learning_rate(config, step * config.objective.iterations + iteration)
+            if math.isfinite(norm + found["loss"]):
+                for group in optimizer.param_groups:
                     group["lr"] = rate
-                run.optimizer.step()
+                optimizer.step()
                 skipped_in_a_row = 0
             else:
                 metrics["update/skipped"] += 1
                 skipped_in_a_row += 1
-                keep_skipped(run, scored, batch, step, {"grad_norm": norm, **totals})
-            run.optimizer.zero_grad(set_to_none=True)
-            metrics |= {name: float(total / count) for name, total in totals.items()}
-            metrics |= {"learning_rate": rate, "grad_norm": float(norm)}
-            metrics["grad_norm_clipped"] = min(float(norm), run.config.optim.max_grad_norm)
-            for name, values in sums.samples.items():
+                keep_skipped(run, scored, batch, step, {"grad_norm": norm, **found})
+            optimizer.zero_grad(set_to_none=True)
+            metrics |= found | {"learning_rate": rate, "grad_norm": norm}
+            metrics["grad_norm_clipped"] = min(norm, config.optim.max_grad_norm)
+            for name, values in ((name, v) for term in terms.values() for name, v in term.samples.items()):
                 metrics |= quantiles(run.accelerator, name, torch.cat(values))
+        if batch.measured:
+            metrics |= what_came_true(run, batch)
     return Update(metrics, skipped_in_a_row)
 
 
@@ -133,30 +158,35 @@ class Batch:
 
     rollout: Rollout
     advantage_B: Tensor
-    noise: NoiseDraw
-    correction_BC: Tensor | None
     micro: list[slice]
-    old: list[Tensor | None]  # log-probabilities (BC) before the first update
-    reference: list[Tensor | None]  # log-probabilities (BC) of the frozen base
-    reference_states: list[list[Tensor]]  # its final hidden states (NH), by canvas
+    noise: NoiseDraw | None = None
+    correction_BC: Tensor | None = None
+    old: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) before the first update
+    reference: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) of the frozen base
+    reference_states: list[list[Tensor]] = field(default_factory=list)  # its final hidden states (NH), by canvas
+    guide: Guide | None = None  # the reward whose gradient is a term of the update
+    step_UKB: Tensor | None = None  # the denoising steps of that term, for each update
+    measured: list[Measured] = field(default_factory=list)  # of its last update, if this step is to measure it
 
 
 def prepare(run: Run, scored: Scored, step: int) -> Batch:
     """Draw the noise, weigh the tokens, and evaluate the reference: once for all updates on this rollout."""
-    config, needs, B = run.config, run.algorithm.needs, len(scored.rollout.canvas_BL)
+    config, needs, rollout = run.config, run.algorithm.needs, scored.rollout
+    B = len(rollout.canvas_BL)
     size = B // config.run.gradient_accumulation_steps
-    seeds = generators(config.run.seed, step, global_rows(run.accelerator, B), "noise")
     micro = [slice(i, i + size) for i in range(0, B, size)]
-    batch = Batch(
-        rollout=scored.rollout,
-        advantage_B=scored.advantage_B,
-        noise=run.algorithm.estimator.draw(scored.rollout, config.objective, seeds),
-        correction_BC=correction(scored.rollout, config.objective) if "behaviour" in needs else None,
-        micro=micro,
-        old=[None] * len(micro),
-        reference=[None] * len(micro),
-        reference_states=[[] for _ in micro],
-    )
+    batch = Batch(rollout, scored.advantage_B, micro, old=[None] * len(micro), reference=[None] * len(micro))
+    batch.reference_states = [[] for _ in micro]
+    rows = global_rows(run.accelerator, B)
+    if config.gradient.weight > 0:
+        batch.guide = run.reward_of_embeddings(scored.prompts)
+        seeds = generators(config.run.seed, step, rows, "states")
+        batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.objective.iterations)
+    if config.objective.weight == 0:
+        return batch
+    seeds = generators(config.run.seed, step, rows, "noise")
+    batch.noise = run.algorithm.estimator.draw(rollout, config.objective, seeds)
+    batch.correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
     if {"ref", "reference_states"} & needs:
         with torch.no_grad(), run.policy.forward_passes(), run.policy.reference():
             for m, states in enumerate(batch.reference_states):
@@ -171,6 +201,8 @@ def reference_values(run: Run, states: list[Tensor]) -> ValuesFn:
         states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
         if "reference_states" in run.algorithm.needs:
             states.append(states_NH)
+        if "ref" not in run.algorithm.needs:
+            return {"logp": torch.zeros(len(token_N), device=token_N.device)}  # nobody asks for them
         logp = {"logp": run.readouts["logp"]}
         return read_out(run.policy.project, states_NH, token_N, logp, vocab_size=run.policy.vocab_size)
 
@@ -189,6 +221,7 @@ def trained_values(run: Run, states: list[Tensor]) -> ValuesFn:
 
 def estimate(run: Run, batch: Batch, m: int, values: ValuesFn) -> dict[str, Tensor]:
     """The estimator's values (BC...) of micro-batch m, by name."""
+    assert batch.noise is not None
     rows = batch.micro[m]
     rollout, noise, advantage_B = batch.rollout.rows(rows), batch.noise.rows(rows), batch.advantage_B[rows]
     estimator, mask_id = run.algorithm.estimator, run.policy.mask_id
@@ -196,18 +229,29 @@ def estimate(run: Run, batch: Batch, m: int, values: ValuesFn) -> dict[str, Tens
 
 
 @dataclass
-class Sums:
-    """Sums over this rank's micro-batches: the loss, its metrics, their denominator; and values for quantiles."""
+class Term:
+    """One term of the loss over this rank's micro-batches: sums, and the gradient of the loss's sum, not yet divided.
 
+    `totals` holds the loss, its metrics, and what each is divided by: `n`, unless `over` names another.
+    """
+
+    weight: float
     totals: dict[str, Tensor] = field(default_factory=dict)
-    samples: dict[str, list[Tensor]] = field(default_factory=dict)
+    over: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)  # values for quantiles
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))  # of all parameters, flat
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add to the sums."""
+        for name, value in values.items():
+            self.totals[name] = self.totals[name] + value.detach() if name in self.totals else value.detach()
 
 
-def accumulate_gradients(run: Run, batch: Batch, step: int, iteration: int) -> Sums:
-    """One forward and backward pass over each micro-batch. Gradients are of the loss's sum, not yet divided."""
-    config, policy, algorithm, sums = run.config, run.policy, run.algorithm, Sums()
-    B = len(batch.advantage_B)
-    key_B = row_keys(config.run.seed, step, global_rows(run.accelerator, B), f"dropout {iteration}")
+def objective_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Term:
+    """The objective: one forward and backward pass over each micro-batch."""
+    config, policy, algorithm, term = run.config, run.policy, run.algorithm, Term(run.config.objective.weight)
+    assert batch.noise is not None
+    key_B = dropout_keys(run, batch, step, f"dropout {iteration}")
     policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
     for m, rows in enumerate(batch.micro):
         with policy.forward_passes(key_B[rows]):
@@ -226,28 +270,130 @@ def accumulate_gradients(run: Run, batch: Batch, step: int, iteration: int) -> S
         )
         out = algorithm.objective.loss(inputs, config.objective)
         policy.backward(out.loss_sum)
-        for name, value in {"loss": out.loss_sum, "n": out.denominator, **out.metrics}.items():
-            sums.totals[name] = sums.totals.get(name, torch.zeros((), device=policy.device)) + value.detach()
+        term.add({"loss": out.loss_sum, "n": out.denominator, **out.metrics})
         for name, value in out.samples.items():
-            sums.samples.setdefault(name, []).append(value)
+            term.samples.setdefault(name, []).append(value)
     policy.eval()
-    return sums
+    term.gradient = take_gradient(list(adapter_parameters(policy).values()))
+    return term
 
 
-def reduce_and_clip(run: Run, sums: Sums) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Sum over ranks, divide the gradients by the global denominator and clip them.
+def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Term:
+    """The reward's own gradient (rgrl/algo/reward_gradient.py), at each state that was drawn for this update: a forward
+    pass of the base, the policy and the reward model, and a backward pass, over each micro-batch."""
+    config, policy, term = run.config.gradient, run.policy, Term(run.config.gradient.weight, over=MEANS_OVER)
+    guide, states = batch.guide, reward_states(run, batch, iteration)
+    assert guide is not None
+    key_B = dropout_keys(run, batch, step, f"gradient dropout {iteration}")
+    given = [reference_given(run, state) for state in states]
+    policy.train()
+    for state, reference in zip(states, given, strict=True):
+        with policy.forward_passes(key_B[state.rows_B.cpu()]):
+            values = read_state(run, guide, state, reference)
+        found = expand(guide, state, values, config.blend)
+        loss_sum = -run.gradient_weight * first_order(found.g_ND, values["soft"])
+        if reference:
+            loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
+        policy.backward(loss_sum / config.draws)
+        term.add({"loss": loss_sum / config.draws, **term_sums(found, values, state, config.draws)})
+        if measures(run.config, step, iteration):
+            batch.measured.append(Measured(state, found, values["soft"].detach(), key_B[state.rows_B.cpu()]))
+    policy.eval()
+    term.gradient = take_gradient(list(adapter_parameters(policy).values()))
+    return term
 
-    Returns the sums by name, the denominator, and the gradient's norm before clipping.
+
+def reward_states(run: Run, batch: Batch, iteration: int) -> list[State]:
+    """The states of an update: of each micro-batch as many as `gradient.draws` says."""
+    config, states = run.config, []
+    assert batch.guide is not None and batch.step_UKB is not None
+    block = config.rollout.block_length if config.gradient.places == "block" else 0
+    number_B = torch.arange(len(batch.advantage_B), device=run.policy.device)
+    for step_B, rows in itertools.product(batch.step_UKB[iteration], batch.micro):
+        some = batch.rollout.rows(rows), number_B[rows], step_B[rows]
+        states.append(state_before(*some, batch.guide, run.policy.is_end, block))
+    return states
+
+
+def reference_given(run: Run, state: State) -> dict[str, Tensor]:
+    """The frozen base's final hidden states at the asked places, for `kl_to_reference`; nothing without that KL."""
+    policy = run.policy
+    if run.config.gradient.kl == 0:
+        return {}
+    with torch.no_grad(), policy.forward_passes(), policy.reference():
+        return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
+
+
+def read_state(run: Run, guide: Guide, state: State, reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`expected_text` at the asked places, and the KL to the `reference` if it is given."""
+    policy, text_V = run.policy, text_tokens(guide, run.policy.is_end)
+
+    def text(places: Places) -> dict[str, Tensor]:
+        return expected_text(places.logits_NV, places.token_N, guide.embedding_VD, text_V, run.config.rollout)
+
+    readouts: dict[str, Readout] = {"text": text}
+    if reference:
+        readouts["kl_to_reference"] = kl_to_reference
+    canvas = state.canvas(policy.mask_id), state.rollout.attention_BL, state.at_BL, state.token_N
+    return policy.read_out(*canvas, readouts, reference)
+
+
+def measures(config: Config, step: int, iteration: int) -> bool:
+    """Whether this update is one to measure: the last of every `gradient.measure_steps`-th step."""
+    every = config.gradient.measure_steps
+    return every > 0 and step % every == 0 and iteration == config.objective.iterations - 1
+
+
+@torch.no_grad()
+def what_came_true(run: Run, batch: Batch) -> dict[str, float]:
+    """The change of the reward that the last update promised to first order, and the one that came true, a row."""
+    assert batch.guide is not None
+    sums = []
+    run.policy.train()
+    for measured in batch.measured:
+        with run.policy.forward_passes(measured.dropout_key_B):
+            values = read_state(run, batch.guide, measured.state, {})
+        sums.append(torch.stack(came_true(batch.guide, measured, values)))
+    run.policy.eval()
+    rows = torch.tensor([float(len(batch.advantage_B) * run.config.gradient.draws)], device=run.policy.device)
+    *both, rows = reduce_sum(run.accelerator, torch.cat([torch.stack(sums).sum(0).float(), rows])).tolist()
+    return {
+        name: run.gradient_weight * value / rows
+        for name, value in zip(("gradient/promised", "gradient/came_true"), both, strict=True)
+    }
+
+
+def dropout_keys(run: Run, batch: Batch, step: int, purpose: str) -> Tensor:
+    """key_B of this rank's rows, for LoRA dropout."""
+    return row_keys(run.config.run.seed, step, global_rows(run.accelerator, len(batch.advantage_B)), purpose)
+
+
+def reduce_and_clip(run: Run, terms: dict[str, Term]) -> tuple[dict[str, float], float]:
+    """Sum each term over ranks, divide it by its global denominator, add up what they weigh, and clip.
+
+    Sets the parameters' gradients. Returns metrics, and the gradient's norm before clipping.
     """
     parameters = list(adapter_parameters(run.policy).values())
-    reduced = reduce_sum(run.accelerator, torch.stack(list(sums.totals.values())))
-    totals = dict(zip(sums.totals, reduced, strict=True))
-    count = totals.pop("n").clamp(min=1.0)
-    sum_gradients(run.accelerator, parameters, count)
-    return totals, count, torch.nn.utils.clip_grad_norm_(parameters, run.config.optim.max_grad_norm)
+    metrics: dict[str, float] = {}
+    whole, loss = torch.zeros(()), 0.0
+    for name, term in terms.items():
+        totals = dict(
+            zip(term.totals, reduce_sum(run.accelerator, torch.stack(list(term.totals.values()))), strict=True)
+        )
+        counts = {"n", *term.over.values()}
+        per = {what: totals[term.over.get(what, "n")].clamp(min=1.0) for what in totals}
+        metrics |= {what: float(total / per[what]) for what, total in totals.items() if what not in counts}
+        loss += term.weight * metrics["loss"]
+        gradient = reduce_sum(run.accelerator, term.gradient).div_(totals["n"].clamp(min=1.0)).mul_(term.weight)
+        whole = whole + gradient if whole.ndim else gradient
+        if len(terms) > 1:
+            metrics[f"grad_norm/{name}"] = float(gradient.norm())
+    set_gradient(parameters, whole)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.optim.max_grad_norm)
+    return metrics | {"loss": loss}, float(norm)
 
 
-def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict[str, Tensor]) -> None:
+def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict[str, float]) -> None:
     """Write what this rank made a skipped update from."""
     kept = {
         "totals": totals,
@@ -256,7 +402,8 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict
         "reward_B": scored.reward_B,
         "advantage_B": scored.advantage_B,
         "rollout": vars(scored.rollout),
-        "noise": vars(batch.noise),
+        "noise": vars(batch.noise) if batch.noise is not None else None,
+        "states": batch.step_UKB,
     }
     run_config = run.config.run
     keep_batch(Path(run_config.output_dir), run.accelerator.process_index, step, run_config.max_skipped, kept)

@@ -1,7 +1,7 @@
 """The objective, estimator and advantage of a run: resolved by name once, refused where they do not fit together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -32,13 +32,19 @@ def resolve_algorithm(config: Config) -> Algorithm:
     What an objective works with stands on the objective itself (`Objective`); nothing else knows.
     """
     o = config.objective
+    trains = o.weight > 0
     objective = _resolve("objective", o.name, OBJECTIVES, Objective)
     estimator = _resolve("estimator", o.estimator, ESTIMATORS, Estimator)
     advantage = _resolve("advantage", o.advantage, ADVANTAGES, Callable)
     for holds, message in (*_combinations(o, objective, estimator), *_groups(config, objective)):
-        if not holds:
+        if trains and not holds:
             raise ConfigError(message)
-    return Algorithm(objective, estimator, advantage, objective.needs | ({"ref"} if o.beta > 0 else set()))
+    if o.beta > 0 and o.kl == "full":
+        readouts = tuple(dict.fromkeys((*objective.readouts, "kl_to_reference")))
+        objective = replace(objective, needs=objective.needs | {"reference_states"}, readouts=readouts)
+    elif o.beta > 0:
+        objective = replace(objective, needs=objective.needs | {"ref"})
+    return Algorithm(objective, estimator, advantage, objective.needs if trains else frozenset())
 
 
 def _resolve(what: str, name: str, known: dict[str, Any], kind: Any) -> Any:

@@ -104,9 +104,16 @@ def _row_mean(value_BC: Tensor, inputs: LossInputs) -> Tensor:
     return masked_mean(value_BC, inputs.mask_BC)
 
 
-def _kl(inputs: LossInputs) -> Tensor:
-    """k3 to the reference, kl_B, summed over each row; for sequence estimates of the mean token, times length."""
-    assert inputs.ref_logp_BC is not None
+def _kl(inputs: LossInputs, config: ObjectiveConfig) -> Tensor | None:
+    """KL to the reference, kl_B, summed over each row; None where nothing asks for it.
+
+    Over the whole vocabulary (`objective.kl: full`), or k3; that is for sequence estimates of the mean token, times
+    length.
+    """
+    if config.beta > 0 and config.kl == "full":
+        return _row_sum(inputs.readouts["kl_to_reference"], inputs)
+    if inputs.ref_logp_BC is None:
+        return None
     if inputs.by_sequence:
         mean_B, ref_B = (_row_mean(l_BC, inputs) for l_BC in (inputs.logp_BC, inputs.ref_logp_BC))
         return k3(mean_B, ref_B) * _length(inputs)
@@ -115,13 +122,15 @@ def _kl(inputs: LossInputs) -> Tensor:
 
 def _by_token(loss_BC: Tensor, inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
     """Every token of the batch has the same weight."""
-    kl = _kl(inputs).sum() if inputs.ref_logp_BC is not None else None
+    kl_B = _kl(inputs, config)
+    kl = kl_B.sum() if kl_B is not None else None
     return _outputs(_row_sum(loss_BC, inputs).sum(), inputs.mask_BC.sum().float(), kl, config)
 
 
 def _by_row(loss_B: Tensor, inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
     """Every row of the batch has the same weight."""
-    kl = (_kl(inputs) / _length(inputs)).sum() if inputs.ref_logp_BC is not None else None
+    kl_B = _kl(inputs, config)
+    kl = (kl_B / _length(inputs)).sum() if kl_B is not None else None
     return _outputs(loss_B.sum(), torch.tensor(float(len(loss_B)), device=loss_B.device), kl, config)
 
 

@@ -5,6 +5,7 @@ from rgrl.config.rules import check
 from rgrl.config.schema import (
     Config,
     DataConfig,
+    GradientConfig,
     GuidanceConfig,
     JudgeConfig,
     LoraConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "GradientConfig",
     "GuidanceConfig",
     "JudgeConfig",
     "LoraConfig",

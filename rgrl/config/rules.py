@@ -25,6 +25,19 @@ def check(c: Config) -> None:
             "Python functions have none",
         ),
         (
+            c.objective.weight > 0 or c.gradient.weight > 0,
+            "nothing to learn from: `objective.weight` and `gradient.weight` are both 0",
+        ),
+        (
+            c.gradient.weight == 0 or c.gradient.of == "guide" or bool(c.reward.path and c.reward.weight),
+            f"`gradient.weight: {c.gradient.weight}` needs a reward with a gradient: set `reward.path` (with a "
+            "`reward.weight` other than 0), or `gradient.of: guide`; Python functions have none",
+        ),
+        (
+            c.gradient.weight == 0 or c.gradient.of == "reward" or bool(c.reward.path or c.guidance.path),
+            "`gradient.of: guide` needs a model with a gradient: set `reward.path` or `guidance.path`",
+        ),
+        (
             rows <= MOST_ROWS,
             f"{rows:,} rows a process (`run.prompts_per_device` x `rollout.num_generations`) are more than the "
             f"{MOST_ROWS:,} that a step can have",

@@ -258,6 +258,9 @@ class GuidanceConfig:
 
 @section("objective")
 class ObjectiveConfig:
+    weight: Annotated[Number, Ge(0), Le(1e6)] = 1.0
+    """Weight of the objective's gradient, beside that of `gradient.weight`. 0 leaves the objective out, with its KL
+    (`beta`) and all its forward passes."""
     name: Text = "reinforce"
     """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, or a dotted path `package.module:attribute`."""
     estimator: Text = "one_step"
@@ -290,7 +293,10 @@ class ObjectiveConfig:
     correction_max: Annotated[Infinite, Gt(0)] = 2.0
     """Upper end; `.inf` with `truncate` is the full correction."""
     beta: Annotated[Number, Ge(0)] = 0.0
-    """Weight of the k3 estimate of KL(policy || frozen base), per token."""
+    """Weight of the KL(policy || frozen base), per token."""
+    kl: Literal["k3", "full"] = "k3"
+    """How `beta`'s KL is computed: `k3`, an estimate from the tokens of the completion; `full`, the sum over the whole
+    vocabulary (untempered) at the same places, which also resists what no completion of the batch has tried."""
     level: Literal["token", "sequence"] = "token"
     """`grpo`: whether the ratio and its clipping are per token or of a completion's mean token (GSPO)."""
     epsilon_low: Annotated[Number, Ge(0), Lt(1)] = 0.2
@@ -308,6 +314,33 @@ class ObjectiveConfig:
                 f"`objective.correction_min` ({self.correction_min}) is above `objective.correction_max` "
                 f"({self.correction_max})"
             )
+
+
+@section("gradient")
+class GradientConfig:
+    weight: Annotated[Number, Ge(0), Le(1e6)] = 0.0
+    """Weight of the reward's own gradient in the update (rgrl/algo/reward_gradient.py): the expected embeddings of the
+    places that a denoising step hides, moved along the gradient of the reward model. 0: it is not computed."""
+    of: Literal["reward", "guide"] = "reward"
+    """Whose gradient: that of the reward model at `reward.path`, times `reward.weight` (Python functions have none); or
+    of the guide (`guidance.path`, else `reward.path`), which need not be a part of the reward."""
+    kl: Annotated[Number, Ge(0), Le(1e6)] = 1.0
+    """Weight of the KL(policy || frozen base) over the whole vocabulary (untempered), within the term: its sum over the
+    same hidden places, divided by the completion's tokens. 0: the base is not evaluated."""
+    blend: Literal["entrgi", "expectation", "aps"] = "entrgi"
+    """At what the reward's gradient is taken, as in `guidance.kind`: between the expected embedding and that of the
+    completion's token by the policy's entropy w (`entrgi`), the expected one (w = 0), or the token's (w = 1)."""
+    states: Literal["uniform", "late"] = "uniform"
+    """Which of a row's denoising steps: first its block, uniformly (`rollout.block_length`), then a step of the block:
+    any alike, or the late ones more often (u^(1/3) of the way), where most of the context is written."""
+    draws: Annotated[Whole, Ge(1), Le(1000)] = 1
+    """Number of steps drawn of each row, for each update."""
+    places: Literal["all", "block"] = "all"
+    """Which hidden places are asked about: all that the canvas hides at that step, or only those of the block that was
+    being written. The reward is shown the rest of the completion as it was written."""
+    measure_steps: Annotated[Whole, Ge(0), Le(MANY)] = 10
+    """Number of steps between measurements of how much of the reward that an update promises to first order comes
+    true, by one more forward pass. 0: never."""
 
 
 @section("optim")
@@ -390,6 +423,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -25,7 +25,8 @@ class Places:
     project: Callable[[Tensor], Tensor]  # final hidden states (..., H) -> logits (..., V), such as the reference's
 
 
-Readout = Callable[[Places], Tensor]  # -> one value a place, first dimension N
+# -> one value a place, first dimension N; or several by names of their own
+Readout = Callable[[Places], Tensor | Mapping[str, Tensor]]
 
 
 def token_logp(places: Places) -> Tensor:
@@ -84,17 +85,21 @@ def read_out(
     *,
     vocab_size: int,
 ) -> dict[str, Tensor]:
-    """The value of each readout at N places, by name, first dimension N.
+    """The value of each readout at N places, by its name (or its own names), first dimension N.
 
     `project` turns final hidden states (n, H) into logits (n, V); `given` goes to the readouts, chunked as the places.
     A chunk's logits take at most 8 MiB on a CPU and 256 MiB on a GPU, whatever N is.
     """
     given = given or {}
-    names, extra = list(readouts), list(given)
+    extra = list(given)
 
-    def chunk(states_nH: Tensor, token_n: Tensor, *given_n: Tensor) -> tuple[Tensor, ...]:
+    def chunk(states_nH: Tensor, token_n: Tensor, *given_n: Tensor) -> dict[str, Tensor]:
         places = Places(project(states_nH), token_n, dict(zip(extra, given_n, strict=True)), project)
-        return tuple(readouts[name](places) for name in names)
+        values: dict[str, Tensor] = {}
+        for name, readout in readouts.items():
+            value = readout(places)
+            values |= {name: value} if isinstance(value, Tensor) else value
+        return values
 
     size = max(1, (2**26 if states_NH.is_cuda else 2**21) // vocab_size)
     inputs = (states_NH, token_N, *(given[name] for name in extra))
@@ -103,4 +108,4 @@ def read_out(
         values = [chunk(*tensors) for tensors in chunks]
     else:
         values = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
-    return {name: torch.cat(pieces) for name, pieces in zip(names, zip(*values, strict=True), strict=True)}
+    return {name: torch.cat([piece[name] for piece in values]) for name in values[0]}

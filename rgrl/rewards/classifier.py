@@ -101,8 +101,8 @@ class ClassifierReward(nn.Module):
         if self.way is None:
             why = "; ".join(f"{way}: {reason}" for way, reason in self.reasons.items())
             raise ConfigError(
-                f"reward model {self.name} scores, but cannot guide ({why}): set `guidance.kind: none`, or another "
-                "model as `guidance.path`"
+                f"reward model {self.name} scores, but cannot guide ({why}): set `guidance.kind: none` and "
+                "`gradient.weight: 0`, or another model as `guidance.path` (with `gradient.of: guide`)"
             )
         ends = {*end_ids, policy_tokenizer.eos_token_id}
         self.embedding_VD, self.coverage = bridge_embeddings(

@@ -72,7 +72,10 @@ def check_finite(name: str, r_B: Tensor, prompts: Prompts, completions: list[str
 
 
 def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, ClassifierReward | None]:
-    """The scorer and the guide (None for unguided rollouts); one set of weights where they are the same model."""
+    """The scorer and the guide; one set of weights where they are the same model.
+
+    The guide is None where rollouts are unguided and the update does without its gradient.
+    """
     c = config.reward
     functions = {path.partition(":")[2] or path: resolve(path, "reward function") for path in c.functions}
     for name, function in functions.items():
@@ -85,7 +88,8 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
     if c.path is not None:
         model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length, c.revision)
     guide = None
-    if config.guidance.kind != "none":
+    g = config.gradient
+    if config.guidance.kind != "none" or (g.weight > 0 and g.of == "guide"):
         other, revision = config.guidance.path, config.guidance.revision
         same = other is None or (other == c.path and revision in (None, c.revision))
         guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length, revision)
