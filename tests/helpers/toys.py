@@ -2,7 +2,7 @@
 
 import torch
 
-from rgrl.models.readout import Places
+from rgrl.models.readout import read_out
 from rgrl.rollout.denoise import RolloutNoise, denoise
 from rgrl.rollout.guidance import Guide, Hidden, steer
 from rgrl.rollout.sampling import draw_uniform, sampled_logp, support_of
@@ -34,9 +34,9 @@ class Toy(torch.nn.Module):
         logits_BLV = logits_BLV.masked_fill(self.absent_V, float("-inf"))
         return logits_BLV[at] if at.dtype == torch.bool else logits_BLV.flatten(0, 1)[at]
 
-    def read_out(self, canvas_BL, attention_BL, at_BL, token_N, readouts):
-        places = Places(self.logits(canvas_BL, attention_BL, at_BL), token_N, {}, None)
-        return {name: readout(places) for name, readout in readouts.items()}
+    def read_out(self, canvas_BL, attention_BL, at_BL, token_N, readouts, given=None):
+        logits_NV = self.logits(canvas_BL, attention_BL, at_BL)  # they stand for the states: nothing is projected
+        return read_out(lambda logits: logits, logits_NV, token_N, readouts, given, vocab_size=V)
 
     def logp(self, canvas_BL, attention_BL, at_BL, token_N):
         return self.logits(canvas_BL, attention_BL, at_BL).log_softmax(-1).gather(1, token_N[:, None])[:, 0]
