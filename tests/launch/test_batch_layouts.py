@@ -32,7 +32,8 @@ def reviews(tmp_path_factory) -> dict:
         "reward": {"path": str(folder / "reward")},
         "judge": {"path": str(folder / "judge")},
         "rollout": {"num_generations": 2, "max_completion_length": 12, "steps": 8, "position_temperature": 0.1},
-        "objective": {"name": "grpo", "beta": 0.1, "prompt_mask": 0.3, "iterations": 2},
+        "objective": {"name": "grpo", "beta": 0.1, "kl": "full", "prompt_mask": 0.3, "iterations": 2},
+        "gradient": {"weight": 0.5, "kl": 0.4, "states": "late"},
         "optim": {"learning_rate": 1e-3, "max_grad_norm": 1e6},
         "run": {"output_dir": str(tmp_path_factory.mktemp("run")), "prompts_per_device": 4},
     }
@@ -74,17 +75,19 @@ def test_the_step_itself_is_one_that_could_tell(whole):
     assert lengths_B[:4].sum() != lengths_B[4:].sum(), "a mean of the ranks' means would be right"
     assert told["grad_norm"] > 0.1 and told["kl"] > 1e-4 and told["reward_std"] > 0.1
     assert (left["rollout attention_BL"][:, 0] != left["rollout attention_BL"][0, 0]).any(), "no padding"
-    # The reference, and two updates, the first of which also gives the old log-probabilities.
-    assert told["calls"]["update"] == 3 and sum(name.startswith("gradient 1") for name in left) > 10
+    # The reference, and two updates, the first of which also gives the old log-probabilities; for the reward's gradient
+    # reference and policy at each update, and once more to measure what came true.
+    assert told["calls"]["update"] == 3 + 5 and told["gradient/promised"] != 0 < told["gradient/kl"]
+    assert sum(name.startswith("gradient 1") for name in left) > 10
 
 
 @pytest.mark.parametrize(
     ("sections", "rollouts", "updates"),
     [
-        ({"run": {"gradient_accumulation_steps": 8}}, 1, 24),
-        ({"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 12),
-        # The activations of both updates are computed again.
-        ({"rollout": {"micro_batch": 1}, "run": {"gradient_checkpointing": True}}, 8, 5),
+        ({"run": {"gradient_accumulation_steps": 8}}, 1, 64),
+        ({"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 32),
+        # The activations of both updates are computed again, of both terms.
+        ({"rollout": {"micro_batch": 1}, "run": {"gradient_checkpointing": True}}, 8, 12),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
@@ -96,9 +99,22 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
     assert told["calls"]["update"] == updates
 
 
-@pytest.mark.parametrize("objective", ["likelihood", "reinforce"])
-def test_accumulation_changes_no_number_of_other_objectives(reviews, tmp_path, objective):
-    settings = changed(reviews, objective={"name": objective}, run={"eval_steps": 0})
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"name": "likelihood"}, "gradient": {"weight": 0.0}},
+        {"objective": {"name": "reinforce", "kl": "k3"}, "gradient": {"kl": 0.0, "blend": "aps"}},
+        # The reward's gradient alone, of two states a row, in blocks.
+        {
+            "objective": {"weight": 0.0},
+            "gradient": {"draws": 2, "places": "block"},
+            "rollout": {"block_length": 6, "steps": 12},
+            "guidance": {"kind": "none"},
+        },
+    ],
+)
+def test_accumulation_changes_no_number_of_others(reviews, tmp_path, sections):
+    settings = changed(changed(reviews, **sections), run={"eval_steps": 0})
     whole = step(resolved(settings, tmp_path))
     left, told = step(resolved(changed(settings, run={"gradient_accumulation_steps": 4}), tmp_path))
     assert_same_step(left, told, whole)

@@ -104,6 +104,18 @@ def test_loss_equals_the_formula(name, level, beta):
     assert ("kl" in out.metrics) == (beta > 0)
 
 
+@pytest.mark.parametrize(("name", "level"), CASES)
+def test_the_kl_over_the_whole_vocabulary_takes_the_place_of_k3(name, level):
+    config = ObjectiveConfig(beta=0.3, level=level, kl="full")
+    kl_BC = torch.rand(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = replace(loss_inputs(by_sequence=level == "sequence"), readouts={"kl_to_reference": kl_BC})
+    out, without = OBJECTIVES[name].loss(x, config), OBJECTIVES[name].loss(x, replace(config, beta=0.0))
+    by_row = without.denominator == 4
+    kl = sum((kl_BC[b, :n].mean() if by_row else kl_BC[b, :n].sum()).item() for b, n in enumerate((5, 3, 1, 4)))
+    assert out.loss_sum.item() == pytest.approx(without.loss_sum.item() + 0.3 * kl)
+    assert out.metrics["kl"].item() == pytest.approx(kl) and "kl" not in without.metrics
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_needs_only_what_it_declares(name):
     needs_old, needs_behaviour = "old" in OBJECTIVES[name].needs, "behaviour" in OBJECTIVES[name].needs
