@@ -1,0 +1,125 @@
+"""Whole runs with the reward's gradient in the update: what they cost, resume, mix and refuse."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launched_step import step
+from training import adapter, assert_same_run, changed, go, resolved, untimed
+
+from rgrl.errors import ConfigError
+from rgrl.models.lora import adapter_parameters
+from rgrl.runtime.clock import Clock
+from rgrl.runtime.collectives import take_gradient
+from rgrl.setup import set_up
+from rgrl.step import objective_gradient, prepare, reduce_and_clip, reward_term_gradient, rollout_step
+from rgrl.trainer import train
+
+TERM = {"weight": 1.0, "measure_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("objective", "gradient", "passes"),
+    [
+        ({}, {}, 3),  # the reference and two updates
+        ({"weight": 0.0}, TERM, 4),  # twice the reference and the policy
+        ({"weight": 0.0}, {**TERM, "kl": 0.0}, 2),
+        ({"beta": 0.0}, {**TERM, "kl": 0.0}, 4),
+        ({"beta": 0.0}, {**TERM, "kl": 0.0, "draws": 3}, 8),
+        ({"weight": 0.0}, {**TERM, "kl": 0.0, "measure_steps": 1}, 3),
+    ],
+)
+def test_what_is_turned_off_makes_no_forward_pass(tiny, tmp_path, objective, gradient, passes):
+    config = changed(tiny, objective={"iterations": 2, **objective}, gradient=gradient, run={"eval_steps": 0})
+    _, told = step(resolved(config, tmp_path))
+    assert told["calls"]["update"] == passes
+    assert ("grad_norm/gradient" in told) == (len(gradient) > 0 and "weight" not in objective)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_unguided_rollouts_lay_out_no_embeddings_that_nobody_needs(tiny, tmp_path, weight):
+    config = changed(tiny, guidance={"kind": "none"}, gradient={"weight": weight})
+    run = set_up(resolved(config, tmp_path), Accelerator())
+    assert run.guide_model is None and (run.rewards.model.embedding_VD is not None) == (weight > 0)
+    calls = []
+    run.rewards.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = prepare(run, rollout_step(run, 0, Clock()), 0)
+    assert (batch.guide is None) == (weight == 0)
+
+
+def gradient_of(config: dict, tmp_path) -> torch.Tensor:
+    """The term's gradient at the start of a run."""
+    run = set_up(resolved(config, tmp_path), Accelerator())
+    return reward_term_gradient(run, prepare(run, rollout_step(run, 0, Clock()), 0), 0, 0).gradient
+
+
+def test_of_a_mixed_reward_the_model_counts_with_its_weight(tiny, tmp_path):
+    tiny = changed(tiny, gradient={"weight": 1.0, "kl": 0.0, "measure_steps": 0}, guidance={"kind": "none"})
+    plain = gradient_of(tiny, tmp_path)
+    mixed = changed(tiny, reward={"weight": -2.5, "functions": {"processes:die_at_call": 1.0}})
+    torch.testing.assert_close(gradient_of(mixed, tmp_path), -2.5 * plain, rtol=1e-4, atol=1e-7)
+    # The guide's has no weight, and need not be a part of the reward.
+    of_guide = changed(tiny, guidance={"kind": "none", "path": tiny["reward"]["path"]}, gradient={"of": "guide"})
+    of_guide["reward"] = {"functions": {"processes:die_at_call": 1.0}}
+    torch.testing.assert_close(gradient_of(of_guide, tmp_path), plain, rtol=1e-4, atol=1e-7)
+    assert plain.abs().max() > 1e-3
+
+
+def test_both_terms_add_up_with_their_weights(tiny, tmp_path):
+    tiny = changed(tiny, gradient={"weight": 0.7}, objective={"weight": 0.2}, optim={"max_grad_norm": 1e6})
+    run = set_up(resolved(tiny, tmp_path), Accelerator())
+    batch = prepare(run, rollout_step(run, 0, Clock()), 0)
+    assert batch.noise is not None
+    objective, reward = objective_gradient(run, batch, 0, 0), reward_term_gradient(run, batch, 0, 0)
+    assert reward.totals["n"] == 4 and objective.totals["n"] == batch.noise.count_BC.sum()
+    parts = [0.2 * objective.gradient / batch.noise.count_BC.sum(), 0.7 * reward.gradient / 4]
+    metrics, norm = reduce_and_clip(run, {"objective": objective, "gradient": reward})
+    torch.testing.assert_close(take_gradient(list(adapter_parameters(run.policy).values())), sum(parts))
+    assert norm == pytest.approx(sum(parts).norm().item())
+    for name, part in zip(("objective", "gradient"), parts, strict=True):
+        assert metrics[f"grad_norm/{name}"] == pytest.approx(part.norm().item()) and part.norm() > 1e-3
+    losses = [term.totals["loss"] / term.totals["n"] for term in (objective, reward)]
+    assert metrics["loss"] == pytest.approx((0.2 * losses[0] + 0.7 * losses[1]).item(), abs=1e-6)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
+    tiny = changed(tiny, gradient={"weight": 1.0, "draws": 2, "measure_steps": 2}, lora={"dropout": 0.2})
+    tiny = changed(tiny, objective={"iterations": 2})
+    whole = go(tiny, tmp_path, output_dir="whole", steps=4, eval_steps=2)
+    broken = go(tiny, tmp_path, output_dir="broken", steps=2, eval_steps=2)
+    again = go(tiny, tmp_path, output_dir="broken", steps=4, eval_steps=2, resume_from_checkpoint="latest")
+    assert_same_run(again, whole, 4)
+    assert broken == again and adapter(whole, 4) != adapter(whole, 3)
+    lines = untimed(whole)[1:]
+    assert ["gradient/promised" in line for line in lines] == [True, False, True, False]
+    assert lines[0]["gradient/kl"] < lines[3]["gradient/kl"], "the updates of a rollout move away from the base"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"weight": 0.0}}, "`objective.weight` and `gradient.weight` are both 0"),
+        ({"gradient": TERM, "reward": {"weight": 0.0}}, "`gradient.weight: 1.0` needs a reward with a gradient"),
+        ({"gradient": TERM | {"states": "early"}}, "`gradient.states` must be"),
+    ],
+)
+def test_what_cannot_work_is_one_line(tiny, tmp_path, sections, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        resolved(changed(tiny, **sections), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_functions_alone_have_no_gradient(tiny, tmp_path):
+    tiny = changed(tiny, gradient=TERM, guidance={"kind": "none"})
+    tiny["reward"] = {"functions": {"processes:die_at_call": 1.0}}
+    with pytest.raises(ConfigError, match=r"needs a reward with a gradient: set `reward.path`"):
+        resolved(tiny, tmp_path)
+    with pytest.raises(ConfigError, match=r"`gradient.of: guide` needs a model with a gradient"):
+        resolved(changed(tiny, gradient={"of": "guide"}), tmp_path)
+
+
+def test_one_completion_a_prompt_is_enough_for_the_rewards_gradient_alone(tiny, tmp_path):
+    tiny = changed(tiny, rollout={"num_generations": 1}, gradient=TERM)
+    with pytest.raises(ConfigError, match=r"`rollout.num_generations` must be at least 2"):
+        train(resolved(tiny, tmp_path))
+    output = go(changed(tiny, objective={"weight": 0.0}), tmp_path, output_dir="alone", eval_steps=0)
+    assert all(line["grad_norm"] > 1e-3 for line in untimed(output))
