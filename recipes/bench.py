@@ -1,8 +1,11 @@
-"""Time guided and unguided rollouts against the floor: the network calls that no implementation can leave out.
+"""Time rollouts and whole steps against the floor: the network calls that no implementation can leave out.
 
     python recipes/bench.py --shape small
     python recipes/bench.py --shape small-wide --steps 4 --rounds 3 --json bench.json
+    python recipes/bench.py --shape small --whole-steps
 
+With `--whole-steps` it times training steps (rollout, scores, one update), guided or not, with the reward's own
+gradient in the update or without it, each against its own floor and against the step that has neither.
 Random weights, one process. The variants take turns within a round, so that whatever else the machine does falls on
 all of them; a ratio is the median over rounds of rollout seconds by the same round's floor.
 """
@@ -20,19 +23,36 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForSequenceClassification
 
+from rgrl.algo import resolve_algorithm
 from rgrl.algo.estimators import draw_one_step, only_logp, weighted_sum
-from rgrl.config import GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig
+from rgrl.config import (
+    Config,
+    GradientConfig,
+    GuidanceConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from rgrl.data import PromptStream
 from rgrl.models import add_lora
 from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.families import find_family
+from rgrl.models.lora import adapter_parameters
 from rgrl.models.policy import Policy
+from rgrl.rewards import Rewards
 from rgrl.rewards.classifier import ClassifierReward
 from rgrl.rollout import generate
 from rgrl.rollout.schedule import commit_schedule
+from rgrl.runtime.clock import Clock
 from rgrl.seeds import generators
+from rgrl.setup import Run, resolve_readouts
+from rgrl.step import rollout_step, update_step
 from rgrl.types import Prompts, Rollout
 
 
@@ -210,6 +230,95 @@ class Workload:
         return result
 
 
+class Steps:
+    """Whole training steps of a workload, with LoRA and a KL to the base, and the floor of each.
+
+    Named by what guides the rollouts, with `+ gradient` where the reward's own gradient is a term of the update.
+    """
+
+    KINDS = ("none", "none + gradient", "entrgi", "entrgi + gradient")
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        if work.policy.peft_model is None:
+            add_lora(work.policy, LoraConfig(), seed=0)
+        self.runs = {name: self._run(name) for name in self.KINDS}
+
+    def _run(self, name: str) -> Run:
+        work, (kind, *term) = self.work, name.split(" + ")
+        G = min(4, work.shape.rows)
+        config = Config(
+            rollout=replace(work.settings, num_generations=G),
+            reward=RewardConfig(name=work.reward.name),
+            guidance=GuidanceConfig(kind=kind),
+            objective=ObjectiveConfig(beta=0.1),
+            gradient=GradientConfig(weight=float(len(term)), measure_steps=0),
+            run=RunConfig(prompts_per_device=work.shape.rows // G),
+        )
+        algorithm = resolve_algorithm(config)
+        return Run(
+            config=config,
+            accelerator=Accelerator(cpu=work.device.type == "cpu"),
+            policy=work.policy,
+            rewards=Rewards(work.reward, {}, {work.reward.name: 1.0}),
+            guide_model=work.reward if kind != "none" else None,
+            gradient_model=work.reward if term else None,
+            judge=None,
+            stream=PromptStream(work.prompts, 0, config.run.prompts_per_device, 1),
+            eval_prompts=None,
+            optimizer=torch.optim.AdamW(list(adapter_parameters(work.policy).values()), lr=1e-6),
+            algorithm=algorithm,
+            readouts=resolve_readouts(config, algorithm),
+            fingerprints={},
+        )
+
+    def step(self, name: str) -> None:
+        """One step as training makes it."""
+        scored = rollout_step(self.runs[name], 0, Clock())
+        update_step(self.runs[name], scored, 0, 0, Clock())
+
+    def floor(self, name: str) -> None:
+        """The rollout's floor, the reward of the text, and of each term of the update the base without gradient and the
+        policy with it; for the reward's gradient also its soft embeddings and the reward model, forward and backward.
+
+        That term asks about the hidden places alone, one half of the completion on average.
+        """
+        work, (kind, *term) = self.work, name.split(" + ")
+        C, table_VD = work.shape.completion, work.reward.embedding_VD
+        assert table_VD is not None
+        work.floor(1 if kind != "none" else 0)
+        rows_B = torch.arange(work.shape.rows, device=work.device)
+        everything_BC = torch.ones(work.shape.rows, C, dtype=torch.bool, device=work.device)
+        session = work.reward.for_prompts(work.prompts)
+        session(table_VD.new_zeros(work.shape.rows, C, table_VD.shape[1]), everything_BC, rows_B)
+        with torch.no_grad(), work.policy.reference():
+            self._logits(C)
+        self._logits(C).log_softmax(-1)[..., 0].mean().backward()
+        if term:
+            with torch.no_grad(), work.policy.reference():
+                self._logits(C // 2)
+            soft_BHD = self._logits(C // 2).softmax(-1).to(table_VD.dtype) @ table_VD
+            leaf_BCD = F.pad(soft_BHD.detach(), (0, 0, C - soft_BHD.shape[1], 0)).requires_grad_()
+            (g_BCD,) = torch.autograd.grad(session(leaf_BCD, everything_BC, rows_B).sum(), leaf_BCD)
+            (soft_BHD * g_BCD[:, -soft_BHD.shape[1] :]).sum().backward()
+        work.policy.zero_grad(set_to_none=True)
+
+    def _logits(self, places: int) -> torch.Tensor:
+        """Of the last places of a canvas of mask tokens."""
+        work, B, C = self.work, self.work.shape.rows, self.work.shape.completion
+        canvas_BL = torch.cat([work.prompt_BL, torch.full((B, C), work.policy.mask_id, device=work.device)], 1)
+        attention_BL = torch.cat([work.attention_BL, torch.ones(B, C, dtype=torch.bool, device=work.device)], 1)
+        return work.policy.project(work.policy.states(canvas_BL, attention_BL)[:, -places:])
+
+    def variants(self) -> dict[str, tuple[str, Callable[[], None]]]:
+        """As `Workload.variants`."""
+        result = {}
+        for name in self.KINDS:
+            result[f"floor {name}"] = (f"floor {name}", lambda name=name: self.floor(name))
+            result[name] = (f"floor {name}", lambda name=name: self.step(name))
+        return result
+
+
 # ---------------------------------------------------------------------------------------------- measurement
 def peak_memory(function: Callable[[], None], device: torch.device) -> float:
     """Bytes of tensors that were alive at once while `function` ran, above those before, by torch's own account."""
@@ -234,20 +343,25 @@ def seconds_of(function: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(work: Workload, guidance_steps: list[int], rounds: int) -> list[dict[str, float | str]]:
-    """One row a variant. The round in which memory is watched also warms up and isn't timed."""
-    variants = work.variants(guidance_steps)
+def measure(
+    work: Workload, variants: dict[str, tuple[str, Callable[[], None]]], rounds: int
+) -> list[dict[str, float | str]]:
+    """One row a variant. The round in which memory is watched also warms up and isn't timed.
+
+    `ratio` is by the variant's floor, `of_plain` by the second variant, which has no guidance.
+    """
     memory = {name: peak_memory(function, work.device) for name, (_, function) in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, (_, function) in variants.items():
             seconds[name].append(seconds_of(function, work.device))
-    tokens = work.shape.rows * work.shape.completion
+    tokens, plain = work.shape.rows * work.shape.completion, list(variants)[1]
     return [
         {
             "variant": name,
             "seconds": statistics.median(seconds[name]),
             "ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[floor], strict=True)),
+            "of_plain": statistics.median(a / b for a, b in zip(seconds[name], seconds[plain], strict=True)),
             "peak_mib": memory[name] / 2**20,
             "peak_nv": memory[name] / (4 * tokens * work.shape.vocab),
             "tokens_per_second": tokens / statistics.median(seconds[name]),
@@ -274,6 +388,7 @@ def main() -> None:
     parser.add_argument("--guidance-steps", type=int, nargs="+", default=[1], metavar="M")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--whole-steps", action="store_true", help="whole training steps instead of rollouts")
     parser.add_argument("--json", metavar="FILE", help="write the table here too")
     parser.add_argument("--profile", action="store_true", help="also print where a guided rollout spends its time")
     args = parser.parse_args()
@@ -301,12 +416,13 @@ def main() -> None:
         f"{args.shape}: V {shape.vocab:,}, {shape.rows} rows, prompt {shape.prompt}, completion {shape.completion}, "
         f"T {shape.steps}, {shape.dtype}; {machine}; rounds: {args.rounds}"
     )
-    table = measure(work, args.guidance_steps, args.rounds)
-    print(f"{'variant':<18}{'seconds':>9}{'x floor':>9}{'peak MiB':>10}{'in NxV':>8}{'tokens/s':>10}")
+    variants = Steps(work).variants() if args.whole_steps else work.variants(args.guidance_steps)
+    table = measure(work, variants, args.rounds)
+    print(f"{'variant':<24}{'seconds':>9}{'x floor':>9}{'x plain':>9}{'peak MiB':>10}{'in NxV':>8}{'tokens/s':>10}")
     for row in table:
         print(
-            f"{row['variant']:<18}{row['seconds']:>9.2f}{row['ratio']:>9.2f}{row['peak_mib']:>10.0f}"
-            f"{row['peak_nv']:>8.1f}{row['tokens_per_second']:>10.1f}"
+            f"{row['variant']:<24}{row['seconds']:>9.2f}{row['ratio']:>9.2f}{row['of_plain']:>9.2f}"
+            f"{row['peak_mib']:>10.0f}{row['peak_nv']:>8.1f}{row['tokens_per_second']:>10.1f}"
         )
     peak, full = peak_memory(work.update, work.device), 4 * shape.rows * (shape.prompt + shape.completion) * shape.vocab
     print(f"update: peak {peak / 2**20:.0f} MiB, {peak / full:.3f} of the full canvas's logits in float32")

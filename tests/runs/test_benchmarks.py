@@ -35,6 +35,20 @@ def test_bench_times_every_guidance_against_its_floor(tmp_path, monkeypatch, cap
         assert name in printed
 
 
+def test_bench_times_whole_steps_against_floors_of_their_own(tmp_path, monkeypatch, capfd):
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(
+        sys, "argv", [*"bench.py --shape tiny --rounds 1 --whole-steps --device cpu --json".split(), str(out)]
+    )
+    bench.main()
+    rows = {row["variant"]: row for row in json.loads(out.read_text())["table"]}
+    names = {f"{kind}{term}" for kind in ("none", "entrgi") for term in ("", " + gradient")}
+    assert rows.keys() == names | {f"floor {name}" for name in names}
+    for name in names:
+        assert rows[name]["ratio"] == pytest.approx(rows[name]["seconds"] / rows[f"floor {name}"]["seconds"])
+        assert rows[name]["of_plain"] == pytest.approx(rows[name]["seconds"] / rows["none"]["seconds"])
+
+
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(tiny, tmp_path):
     words = ["--config", write(tiny, tmp_path), "--processes", 1, 2, "--rounds", 1, "--require", 99]
