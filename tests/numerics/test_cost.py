@@ -18,6 +18,7 @@ from rgrl.rollout.guidance import Guide, steer
 from rgrl.rollout.sampling import draw_uniform, support_of
 from rgrl.rollout.schedule import write_schedule
 from rgrl.seeds import generators
+from rgrl.step import Scored, prepare, reward_term_gradient
 from rgrl.trainer import release
 from rgrl.types import PrefixCache, Prompts
 
@@ -82,6 +83,35 @@ def test_the_update_projects_in_chunks_and_its_gradient_is_that_of_full_logits()
     assert max(g.abs().max() for g in whole.values()) > 0.01
     for name, g in whole.items():
         torch.testing.assert_close(chunked[name], g, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_logits():
+    tiny = bench.SHAPES["tiny"]
+    narrow = tiny.policy | {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    B, width, C = 8, 32, 32
+    sizes = {"vocab": 151_936, "policy": narrow, "rows": B, "prompt": width, "completion": C, "steps": C}
+    work = bench.Workload(dataclasses.replace(tiny, **sizes), CPU)
+    run = bench.Steps(work).runs["none + gradient"]
+    run.config = dataclasses.replace(run.config, objective=ObjectiveConfig(weight=0.0))
+    rng = torch.Generator().manual_seed(2)
+    prompts = run.stream.batch(0, 0).repeat(4)
+    canvas_BL = torch.cat([policy_ids(work, prompts), torch.randint(0, 4000, (B, C), generator=rng)], 1)
+    step_BC = torch.rand(B, C, generator=rng).argsort(1)
+    rollout = rollout_of(canvas_BL, torch.ones(B, C, dtype=torch.bool), step_BC=step_BC)
+    nothing_B = torch.zeros(B)
+    scored = Scored(prompts, rollout, [""] * B, nothing_B, {}, nothing_B, {})
+
+    def update():
+        batch = prepare(run, scored, 0)
+        batch.step_UKB = torch.zeros_like(batch.step_UKB)  # all places hidden: the most there can be
+        assert reward_term_gradient(run, batch, 0, 0).gradient.abs().max() > 1e-6
+
+    assert bench.peak_memory(update, CPU) < 4 * B * (width + C) * sizes["vocab"] / 3
+
+
+def policy_ids(work, prompts):
+    """The prompts' tokens, padded on the left."""
+    return work.policy.encode(prompts.inputs)[0]
 
 
 # ------------------------------------------------------------------------------------------------- waiting
