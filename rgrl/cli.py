@@ -140,6 +140,11 @@ def report(words: list[str]) -> None:
     check(given.run)
     try:
         plotted = plot(given.run, path)
+    except FileExistsError as error:
+        if given.output is not None:
+            raise ConfigError(f"--output {error}") from error
+        warn(f"the plot is not drawn: {error}, or name another with --output")
+        plotted = None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): name a file with --output") from error
     say(f"{state(given.run)}\n\n{as_text(given.run, plotted)}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from rgrl.checkpoint.format import about, checkpoints, damage, read_file, step_of
+from rgrl.checkpoint.content import about, check_content, progress_of, settings_of
+from rgrl.checkpoint.format import checkpoints, damage, step_of
 from rgrl.checkpoint.save import flush
 from rgrl.console import warn
 from rgrl.errors import ConfigError
@@ -103,11 +103,10 @@ def find(run: Path, checkpoint: str) -> Source:
         folder = choose(run, checkpoint)
     if (problem := damage(folder)) is not None:
         raise ConfigError(f"{folder} is damaged: {problem}")
-    config = read_file(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
-    progress = read_file(folder / "progress.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+    check_content(folder)
     above = Path(os.path.abspath(folder)).parent
     own = above.parent if above.name == "checkpoints" and (above.parent / "metrics.jsonl").is_file() else None
-    return Source(folder, own if folder == run else run, config, about(folder), progress["step"])
+    return Source(folder, own if folder == run else run, settings_of(folder), about(folder), progress_of(folder).step)
 
 
 def choose(run: Path, checkpoint: str) -> Path:
@@ -223,7 +222,11 @@ def whole(output: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `output` if all goes well and vanishes otherwise. Raises `ConfigError`."""
     partial = output.with_name(f".{output.name}.partial_{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()  # fails where somebody else has such a folder, which is not deleted then
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error}") from error
+    try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             flush(path)

@@ -60,3 +60,12 @@ def set_global_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def try_state(state: dict[str, Any]) -> None:
+    """Raise something unless `set_global_state` can take this; nothing is changed."""
+    version, words, gauss = state["python"]
+    random.Random().setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.RandomState().set_state((name, keys.numpy().astype(numpy.uint32), *rest))
+    torch.Generator().set_state(state["torch"])

@@ -17,6 +17,7 @@ from rgrl.data import PromptStream, fingerprint, load_prompts
 from rgrl.errors import ConfigError
 from rgrl.evaluation import Evaluator
 from rgrl.evaluation.held_out import HeldOut
+from rgrl.folder import Owner
 from rgrl.hub import resolved_revision
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
@@ -51,6 +52,7 @@ class Run:
     readouts: dict[str, Readout]  # `logp`, and those that the objective asks for
     fingerprints: dict[str, Any]  # of models and data, for checkpoints
     evaluators: list[Evaluator] = field(default_factory=list)
+    owner: Owner | None = None  # whose the output folder is; set where it is written to
     tell: Callable[[str], None] = lambda text: None  # shows a few words beside the bar; the loop sets it
 
     @property

@@ -31,6 +31,7 @@ from rgrl.algo.reward_gradient import (
 )
 from rgrl.config import Config, GuidanceConfig
 from rgrl.console import warn
+from rgrl.folder import new_owner
 from rgrl.models.lora import adapter_parameters
 from rgrl.models.readout import Places, Readout, kl_to_reference, read_out
 from rgrl.rollout.denoise import DenoiseStats
@@ -405,8 +406,8 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict
         "noise": vars(batch.noise) if batch.noise is not None else None,
         "states": batch.step_UKB,
     }
-    run_config = run.config.run
-    keep_batch(Path(run_config.output_dir), run.accelerator.process_index, step, run_config.max_skipped, kept)
+    output, rank = Path(run.config.run.output_dir), run.accelerator.process_index
+    keep_batch(output, run.owner or new_owner(), rank, step, run.config.run.max_skipped, kept)
 
 
 def completion_rows(scored: Scored) -> list[dict]:

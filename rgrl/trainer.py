@@ -5,6 +5,7 @@ Not called train.py: `rgrl.train` is the function, and a module of that name wou
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from rgrl.checkpoint import (
+    HEADER,
     MODEL,
     Progress,
     Saver,
@@ -28,15 +30,20 @@ from rgrl.checkpoint import (
     kept,
     load,
     load_adapter,
+    owns_request,
+    progress_of,
     set_aside_after,
+    take_folder,
     warn_of_kinks,
 )
-from rgrl.config import Config, check, to_dict
+from rgrl.config import Config, check, located, to_dict
 from rgrl.console import inform, warn
 from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
 from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
+from rgrl.folder import claim, not_ours
+from rgrl.folder import replace as replace_file
 from rgrl.header import header, what_runs
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import counts
@@ -54,39 +61,31 @@ def train(config: Config) -> Path:
     Raises `ConfigError` for bad input, before any long work starts, and `RunStoppedError` where the run ends early.
     """
     check(config)
-    with StopRequests(config.run.max_hours) as requests:
-        check_writable(Path(config.run.output_dir))  # before others count on this process
+    with StopRequests(config.run.max_hours) as requests, ExitStack() as held:
+        config = located(config)
+        output = Path(config.run.output_dir)
+        check_writable(output)  # before others count on this process
         accelerator = join_processes(config)
-        resume = find_checkpoint(config, accelerator)
-        if resume is not None:
-            check_compatible(resume, config, accelerator.num_processes)
-            check_start(resume, config)
-        run, progress = set_up(config, accelerator, resumed=resume is not None), Progress()
-        config = run.config
-        if resume is not None:
-            check_compatible(resume, config, None, ("lora.targets",))
-            check_model(resume, run.policy)
-            check_data(resume, run.fingerprints)
-            if accelerator.is_main_process:
-                warn_of_kinks(resume, run.fingerprints)
-            run.fingerprints |= kept(resume)
-            progress = load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
+        resume, owner = take_folder(config, accelerator, held)
+        run, progress = begin(config, accelerator, resume)
+        run.owner, config = owner, run.config
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
-        tracker = open_output(config, accelerator, resume, progress)
+        tracker = open_output(run, resume, progress)
         if accelerator.is_main_process:
             inform("\n".join(header(run, progress.step + 1, tracker.destinations())))
-        loop = Loop(run, progress, tracker, Saver(config), requests, saved_step(config, resume, progress))
+        saver = Saver(config, owner)
+        loop = Loop(run, progress, tracker, saver, requests, saved_step(config, resume, progress))
         try:
             reason = loop.run_steps()
         finally:
-            loop.saver.wait()  # also on the way out of an error: a checkpoint under way is worth having
+            saver.wait()  # also on the way out of an error: a checkpoint under way is worth having
         tracker.flush()
-        problem = take_failure(loop.saver, tracker)
+        problem = take_failure(saver, tracker)
         if counts(accelerator, [int(problem is not None)])[0]:
             raise cannot_write(config, problem)
         tracker.close()
         if reason is not None and accelerator.is_main_process:
-            ask_for_requeue(Path(config.run.output_dir), reason)
+            ask_for_requeue(output, reason)
         accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has gone
         if reason is not None:
             raise RunStoppedError(
@@ -95,20 +94,48 @@ def train(config: Config) -> Path:
                 REQUEUE,
             )
         accelerator.end_training()
-    return Path(config.run.output_dir)
+    return output
 
 
-def open_output(config: Config, accelerator: Accelerator, resume: Path | None, progress: Progress) -> Tracker:
-    """Prepare the output folder: its config.yaml, no checkpoints of an abandoned branch, and the tracker."""
-    output = Path(config.run.output_dir)
+def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tuple[Run, Progress]:
+    """Load what the run is made of, as it was at the checkpoint to resume from. Raises `ConfigError`."""
+    if resume is None:
+        return set_up(config, accelerator), Progress()
+    check_compatible(resume, config, accelerator.num_processes)
+    check_start(resume, config)
+    check_history(resume)
+    run = set_up(config, accelerator, resumed=True)
+    check_compatible(resume, run.config, None, ("lora.targets",))
+    check_model(resume, run.policy)
+    check_data(resume, run.fingerprints)
+    if accelerator.is_main_process:
+        warn_of_kinks(resume, run.fingerprints)
+    run.fingerprints |= kept(resume)
+    return run, load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
+
+
+def check_history(resume: Path) -> None:
+    """Refuse a checkpoint whose memory of evaluations is none. Raises `ConfigError`."""
     try:
-        if accelerator.is_main_process:
-            output.mkdir(parents=True, exist_ok=True)
+        History.of(progress_of(resume).evaluations)
+    except ValueError as error:
+        raise ConfigError(f"cannot resume: {resume / 'progress.json'}: `evaluations` {error}") from error
+
+
+def open_output(run: Run, resume: Path | None, progress: Progress) -> Tracker:
+    """Prepare the output folder: its config.yaml, no checkpoints of an abandoned branch, and the tracker."""
+    config, owner, main = run.config, run.owner, run.accelerator.is_main_process
+    output = Path(config.run.output_dir)
+    assert owner is not None
+    try:
+        if main:
+            claim(output, owner)
             (output / "requeue").unlink(missing_ok=True)
-            (output / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+            text = f"{HEADER}{owner.id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
+            replace_file(output / "config.yaml", text.encode(), owner)
             if resume is not None:
-                set_aside_after(resume, progress.step, output)
-        return Tracker(config, progress.step, accelerator.is_main_process)
+                set_aside_after(resume, progress.step, output, owner)
+        return Tracker(config, owner, progress.step, main)
     except OSError as error:
         raise ConfigError(f"`run.output_dir` {output} cannot be written: {error}", on_one_rank=True) from error
 
@@ -122,6 +149,8 @@ def saved_step(config: Config, resume: Path | None, progress: Progress) -> int:
 def ask_for_requeue(output: Path, reason: str) -> None:
     """Leave a file that says why the run stopped: some launchers turn every exit code into 1."""
     try:
+        if not owns_request(output / "requeue"):
+            raise not_ours(output / "requeue")
         (output / "requeue").write_text(f"{reason}\n")
     except OSError as error:  # all that matters is saved, and the exit code says the same
         warn(f"cannot write {output / 'requeue'}: {error}")
@@ -357,6 +386,7 @@ def open_checkpoint(config: Config) -> Run:
     Raises `ConfigError`.
     """
     check(config)
+    config = located(config)
     accelerator = join_processes(config)
     folder = find_checkpoint(config, accelerator) if config.run.resume_from_checkpoint else None
     if folder is not None:

@@ -1,5 +1,7 @@
-"""Checkpoints: their format, saving in the background, and strict resuming."""
+"""Checkpoints: their format, saving in the background, choosing one, and strict resuming."""
 
+from rgrl.checkpoint.choose import HEADER, check_writable, find_checkpoint, owns_request, take_folder
+from rgrl.checkpoint.content import progress_of
 from rgrl.checkpoint.format import Progress, checkpoints, damage
 from rgrl.checkpoint.resume import (
     MODEL,
@@ -7,8 +9,6 @@ from rgrl.checkpoint.resume import (
     check_data,
     check_model,
     check_start,
-    check_writable,
-    find_checkpoint,
     kept,
     load,
     load_adapter,
@@ -18,6 +18,7 @@ from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot
 from rgrl.checkpoint.start import code_commit, other_base, start_fingerprint
 
 __all__ = [
+    "HEADER",
     "MODEL",
     "Progress",
     "Saver",
@@ -35,8 +36,11 @@ __all__ = [
     "load",
     "load_adapter",
     "other_base",
+    "owns_request",
+    "progress_of",
     "set_aside_after",
     "start_fingerprint",
+    "take_folder",
     "take_snapshot",
     "warn_of_kinks",
     "write",

@@ -10,32 +10,32 @@ changed it, and the manifest shows that.
 `about.json` says what a resumed run is compared with, beside the settings: the number of `processes`, the library
 `versions`, the fingerprints of the training data (`prompts` and `rows`), of the evaluation data (`eval`, likewise) and
 of the models: `model` (the policy), `reward`, `guide` and `judge`, where there is one. Those of models are explained in
-`rgrl/models/fingerprint.py`, those of data in `rgrl/data/fingerprint.py`. Before they were recorded there were only
-`processes`, `versions` and `prompts`; such checkpoints can be resumed too. `start` is the adapter that the run began
-with, if any, and `commit` is git's name for the code, if it is a clone (start.py).
+`rgrl/models/fingerprint.py`, those of data in `rgrl/data/fingerprint.py`. `start` is the adapter that the run began
+with, if any, and `commit` is git's name for the code, if it is a clone (start.py). `run` is the run's id (folder.py),
+which is in the manifest too, and `format` is `FORMAT`.
+
+Older checkpoints can be resumed: those without `format` and `run`, and before them those which have only `processes`,
+`versions` and `prompts`. One of a newer format is refused.
 """
 
 import functools
 import hashlib
 import importlib.metadata
 import json
-import pickle
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 
 import rgrl
-from rgrl.errors import ConfigError
+from rgrl.folder import Owner, is_id
 from rgrl.models import Policy
 
-_NAME = re.compile(r"step_(\d{6,})")
+FORMAT = 1
+_NAME = re.compile("step_([0-9]{6,10})")
 FILES = {
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
@@ -58,13 +58,47 @@ class Progress:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Folders in `output_dir` that are named as checkpoints, oldest first."""
-    found = [p for p in (output_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()]
+    found = [path for path in (output_dir / "checkpoints").glob("step_*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(folder.name.removeprefix("step_"))
+    """The step in a checkpoint's name; -1 where it has another name, such as a copy."""
+    named = _NAME.fullmatch(folder.name)
+    return int(named[1]) if named else -1
+
+
+def run_of(folder: Path) -> str | None:
+    """The id of the run that wrote a checkpoint, by either of the two files that say it, whole or not.
+
+    None where neither does: an older version wrote it, or it is none.
+    """
+    for name in ("manifest.json", "about.json"):
+        try:
+            found = json.loads((folder / name).read_bytes()).get("run")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if is_id(found):
+            return found
+    return None
+
+
+def owns_checkpoint(folder: Path, owner: Owner) -> bool:
+    """Whether a run wrote this checkpoint, whole or not."""
+    mark = run_of(folder)
+    return owner.owns(mark) and (mark is not None or (folder / "manifest.json").is_file())
+
+
+def own_checkpoints(output: Path, owner: Owner) -> list[Path]:
+    """The checkpoints in a run's folder that the run wrote, oldest first."""
+    return [folder for folder in checkpoints(output) if owns_checkpoint(folder, owner)]
+
+
+def owns_latest(path: Path) -> bool:
+    """Whether the file `latest` beside the checkpoints is one that a run wrote, or nothing yet."""
+    if path.is_symlink() or not path.is_file():
+        return not path.is_symlink() and not path.exists()
+    return re.fullmatch(rb"(step_[0-9]+\n)?", path.read_bytes()) is not None
 
 
 def damage(folder: Path) -> str | None:
@@ -90,11 +124,6 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's `about.json` says of how it was made. Raises `ConfigError`."""
-    return read_file(folder / "about.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
-
-
 def adapter_of(policy: Policy) -> dict[str, torch.Tensor]:
     """The adapter by peft's names."""
     assert policy.peft_model is not None
@@ -114,7 +143,7 @@ def pack(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def unpack(packed: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Restore such a state. The learning rate and other settings stay the optimizer's own."""
+    """Restore such a state. The learning rate and other settings stay the optimizer's own. Raises `RuntimeError`."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {i: {} for i in range(len(parameters))} if len(packed) > 1 else {}
@@ -131,13 +160,3 @@ def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that a resumed run's last digits depend on."""
     libraries = ("torch", "transformers", "accelerate", "peft")
     return {"rgrl": rgrl.__version__} | {name: importlib.metadata.version(name) for name in libraries}
-
-
-def read_file(path: Path, read: Callable[[Path], Any]) -> Any:
-    """`read(path)`, with every way in which a file can be unreadable turned into `ConfigError`."""
-    try:
-        return read(path)
-    except (OSError, EOFError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot resume: {path} is missing or damaged ({type(error).__name__})") from error
-    except (SafetensorError, pickle.UnpicklingError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot resume: {path} is damaged ({type(error).__name__})") from error

@@ -1,16 +1,13 @@
-"""Find the checkpoint to resume from, refuse what does not fit, and load it strictly."""
+"""Refuse to resume what does not fit, and load a checkpoint strictly. Which one it is, is found in choose.py."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from rgrl.checkpoint.format import Progress, about, checkpoints, damage, read_file, unpack, versions
+from rgrl.checkpoint.content import about, progress_of, read_file, settings_of, state_of
+from rgrl.checkpoint.format import Progress, unpack, versions
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
 from rgrl.errors import ConfigError
@@ -27,73 +24,17 @@ MODEL = ("model.dtype", "model.quantize", "model.mask_token", "model.shifted", "
 _FIXED = (*MODEL, "rollout.num_generations", "run.seed")
 
 
-def check_writable(output_dir: Path) -> None:
-    """Raise `ConfigError` unless `output_dir` is a writable folder, or can become one."""
-    nearest = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"`run.output_dir` {output_dir}: {nearest} is not a folder to write in")
-
-
-def find_checkpoint(config: Config, accelerator: Accelerator) -> Path | None:
-    """The whole checkpoint to resume from, None for a fresh start. Collective; raises `ConfigError`.
-
-    Only the main process looks, so that all resume from the same one.
-    """
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = _choose(config.run.resume_from_checkpoint, Path(config.run.output_dir))
-        except ConfigError as error:
-            answer[1] = str(error)
-    folder, complaint = broadcast_object_list(answer)
-    if complaint is not None:
-        raise ConfigError(complaint)
-    return folder
-
-
-def _choose(wanted: str | None, output: Path) -> Path | None:
-    found = checkpoints(output)
-    if wanted is None or (wanted == "auto" and not found):
-        if wanted is None and found:
-            raise ConfigError(
-                f"`run.output_dir` {output} already holds a run: pass --run.resume_from_checkpoint latest to go on "
-                "with it, or choose another folder"
-            )
-        if wanted is None and (output / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"`run.output_dir` {output} already holds a run, stopped before its first checkpoint: delete it, "
-                "choose another folder, or start over with --run.resume_from_checkpoint auto"
-            )
-        return None
-    if wanted in ("latest", "auto"):
-        if not found:
-            raise ConfigError(f"nothing to resume: no checkpoint in {output / 'checkpoints'}")
-        problems: list[str] = []
-        for folder in reversed(found):
-            problem = damage(folder)
-            if problem is None:
-                if problems:
-                    warn(f"damaged: {'; '.join(problems)}; resuming from the newest whole checkpoint, {folder}")
-                return folder
-            problems.append(f"{folder}: {problem}")
-        raise ConfigError(f"nothing to resume: no whole checkpoint in {output / 'checkpoints'} ({'; '.join(problems)})")
-    folder = Path(wanted)
-    if not folder.is_dir():
-        raise ConfigError(f"`run.resume_from_checkpoint` {wanted} is not a checkpoint folder")
-    if problem := damage(folder):
-        raise ConfigError(f"cannot resume {folder}, it is damaged: {problem}")
-    return folder
-
-
 def check_compatible(folder: Path, config: Config, ranks: int | None, keys: tuple[str, ...] = _FIXED) -> None:
     """Refuse to go on with settings `keys` other than the saved ones, naming both values. Raises `ConfigError`.
 
     A key may be a whole section. With a number of `ranks`, to train on, also refuse another number of prompts per step,
     which determines the position in the data.
     """
-    saved = read_file(folder / "config.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+    saved = settings_of(folder)
     if ranks is not None and "model" not in about(folder):  # older than fingerprints: the same path has to do
         keys = (*keys, "model.path")
+        if not saved["model"]["path"].startswith("/") and Path(saved["model"]["path"]).exists():  # as it was given then
+            saved["model"]["path"] = str(Path.cwd() / saved["model"]["path"])
     # A setting younger than the checkpoint had its default.
     before, now = _leaves(to_dict(Config()), keys) | _leaves(saved, keys), _leaves(to_dict(config), keys)
     if "auto" in config.lora.targets:  # compared again once the model says what that is
@@ -155,7 +96,7 @@ def check_start(folder: Path, config: Config) -> None:
     The run does not need it any more: None will do, as will a copy of the same content elsewhere.
     """
     before, now = about(folder).get("start"), config.lora.path
-    if now is None or (before is not None and now == before["path"]):
+    if now is None or (before is not None and now == str(Path.cwd() / before["path"])):
         return
     if before is not None and Path(now).is_dir() and adapter_fingerprint(Path(now)) == before["adapter"]:
         return
@@ -215,11 +156,8 @@ def load(
     and its own number. Random numbers of this package belong to prompts and are the same either way.
     """
     load_adapter(folder, policy)
-    state = read_file(folder / "state.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu"))
-    unpack(state["optimizer"], optimizer)
-    progress = read_file(
-        folder / "progress.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8")))
-    )
+    state, progress = state_of(folder), progress_of(folder)
+    read_file(folder / "state.pt", lambda _: unpack(state["optimizer"], optimizer))
     if len(state["rng"]) == accelerator.num_processes:
         set_global_state(state["rng"][accelerator.process_index])
     else:

@@ -2,8 +2,10 @@
 
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,9 +19,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save as safetensors_bytes
 
-from rgrl.checkpoint.format import Progress, adapter_of, checkpoints, pack, step_of, versions
+from rgrl.checkpoint.format import (
+    FORMAT,
+    Progress,
+    adapter_of,
+    checkpoints,
+    owns_checkpoint,
+    owns_latest,
+    pack,
+    step_of,
+    versions,
+)
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
+from rgrl.folder import Owner, not_ours, replace
 from rgrl.models import Policy
 from rgrl.models.names import settings_of, to_original
 from rgrl.seeds import global_state
@@ -34,6 +47,7 @@ class Snapshot:
     state: dict[str, Any]  # `optimizer`, and `rng`, a list with one state a rank
     progress: Progress
     about: dict[str, Any]
+    owner: Owner  # the run
 
 
 class Saver:
@@ -43,8 +57,8 @@ class Saver:
     second copy. One checkpoint at a time; an interpreter that exits waits for it. Only the main process writes.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, owner: Owner) -> None:
+        self.config, self.owner = config, owner
         self.failure: str | None = None  # why a checkpoint could not be written, until the trainer takes it
         self._unexpected: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -63,7 +77,7 @@ class Saver:
         `fingerprints` are those of the models and the data. `lines_written` tells whether the metrics up to here are on
         disk: after a checkpoint without them a resumed run would lack a line, so none is written.
         """
-        snapshot = take_snapshot(accelerator, policy, optimizer, progress, fingerprints)
+        snapshot = take_snapshot(accelerator, policy, optimizer, progress, fingerprints, self.owner)
         if not accelerator.is_main_process:
             return
         self.wait()
@@ -94,26 +108,27 @@ def take_snapshot(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     fingerprints: dict[str, Any],
+    owner: Owner,
 ) -> Snapshot:
     """A copy of the state that shares no memory with it. Collective: it holds every rank's random state."""
     own = to_original(adapter_of(policy), policy.names)
     adapter = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in own.items()}
     config = settings_of(policy, adapter)
     rng = gather_object([global_state()])  # everywhere, as there is no way to only send it
-    about = {"processes": accelerator.num_processes, "versions": versions()} | fingerprints
+    about = {"format": FORMAT, "run": owner.id, "processes": accelerator.num_processes, "versions": versions()}
     state = {"optimizer": pack(optimizer), "rng": rng}
-    return Snapshot(adapter, config, state, progress, about)
+    return Snapshot(adapter, config, state, progress, about | fingerprints, owner)
 
 
-def set_aside_after(resume: Path, step: int, output: Path) -> None:
-    """Set aside checkpoints in `output` newer than `resume`, which is of this step.
+def set_aside_after(resume: Path, step: int, output: Path, owner: Owner) -> None:
+    """Set aside the run's checkpoints in `output` newer than `resume`, which is of this step.
 
     Otherwise a run that is killed before it saves again would resume from them, although their metrics are dropped. The
     next save deletes them; until then a user who did not mean it can rename them back. Raises `OSError`.
     """
-    later = [path for path in checkpoints(output) if step_of(path) >= step and path.resolve() != resume.resolve()]
+    later = [path for path in _own(output, owner) if step_of(path) >= step and path.resolve() != resume.resolve()]
     for folder in later:
-        _set_aside(folder)
+        _set_aside(folder, owner)
     if later:
         flush(output / "checkpoints")
         names = ", ".join(path.name for path in later)
@@ -121,40 +136,55 @@ def set_aside_after(resume: Path, step: int, output: Path) -> None:
 
 
 def write(config: Config, snapshot: Snapshot) -> Path:
-    """Write `checkpoints/step_N` and keep the newest `run.keep_checkpoints` up to it. Raises `OSError`.
+    """Write `checkpoints/step_N` and keep the run's newest `run.keep_checkpoints` up to it. Raises `OSError`.
 
-    Later ones belong to a branch abandoned for an older checkpoint, as do the metrics after it.
+    Later ones belong to a branch abandoned for an older checkpoint, as do the metrics after it. Nothing that another
+    run or a person put there is touched; where it is in the way, nothing is written.
     """
-    output = Path(config.run.output_dir)
+    output, owner = Path(config.run.output_dir), snapshot.owner
     root, step = output / "checkpoints", snapshot.progress.step
-    final, partial = root / f"step_{step:06d}", root / f".partial_{step:06d}"
+    final = root / f"step_{step:06d}"
+    partial = root / f".partial_{step:06d}_{owner.id}"
     root.mkdir(parents=True, exist_ok=True)
-    _clear(root)
+    _clear(root, owner)
+    own = _own(output, owner)
+    if _is_there(final) and final not in own:
+        raise not_ours(final)
+    if not owns_latest(root / "latest"):
+        raise not_ours(root / "latest")
     try:
         (partial / "adapter").mkdir(parents=True)
         files = {}
         for name, content in _contents(config, snapshot):
             _put(partial / name, content)
             files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        _put(partial / "manifest.json", _json({"files": files}))
+        _put(partial / "manifest.json", _json({"run": owner.id, "files": files}))
         for folder in (partial / "adapter", partial):
             flush(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # others may need its room
         raise
-    for later in checkpoints(output):
+    for later in own:
         # Also this step itself, which a run that went back to an older checkpoint passes again.
         if step_of(later) >= step:
-            _set_aside(later)
+            _set_aside(later, owner)
     os.replace(partial, final)
     flush(root)
-    _put(root / ".latest", f"{final.name}\n".encode())
-    os.replace(root / ".latest", root / "latest")
+    replace(root / "latest", f"{final.name}\n".encode(), owner)
     flush(root)
-    for old in checkpoints(output)[: -config.run.keep_checkpoints]:
-        _set_aside(old)
-    _clear(root)
+    for old in _own(output, owner)[: -config.run.keep_checkpoints]:
+        _set_aside(old, owner)
+    _clear(root, owner)
     return final
+
+
+def _own(output: Path, owner: Owner) -> list[Path]:
+    """The run's checkpoints, and empty folders that are named so, which hold nothing to lose; oldest first."""
+    return [path for path in checkpoints(output) if owns_checkpoint(path, owner) or not any(path.iterdir())]
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
 
 
 def _contents(config: Config, snapshot: Snapshot) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -183,14 +213,22 @@ def _put(path: Path, content: bytes | memoryview) -> None:
         os.fsync(handle.fileno())
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: Path, owner: Owner) -> None:
     """Rename a checkpoint before it is deleted: a kill in between must not leave half of it under its name."""
-    os.replace(folder, folder.with_name(f".partial_{folder.name}"))
+    names = (f".partial_{folder.name}_{owner.id}{f'_{n}' if n else ''}" for n in itertools.count())
+    os.replace(folder, next(path for path in map(folder.with_name, names) if not _is_there(path)))
 
 
-def _clear(root: Path) -> None:
+def _clear(root: Path, owner: Owner) -> None:
+    """Delete what this run has left half written or set aside. An older version put no id into the names."""
+    end = rf"(_{owner.id}(_[0-9]+)?){'?' if owner.older else ''}"
     for leftover in root.glob(".partial_*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that another process has open
+        if not re.fullmatch(rf"\.partial_(step_)?[0-9]{{6,10}}{end}", leftover.name):
+            continue
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps a file that another process has open
 
 
 def flush(path: Path) -> None:

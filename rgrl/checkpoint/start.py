@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import rgrl
-from rgrl.checkpoint.format import about
+from rgrl.checkpoint.content import about
 from rgrl.config import LoraConfig
 from rgrl.hub import read_json
 from rgrl.models import Policy

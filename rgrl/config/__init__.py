@@ -1,6 +1,7 @@
 """The settings of a run. Needs no torch, so that settings can be read and checked anywhere."""
 
 from rgrl.config.load import load_config
+from rgrl.config.paths import expanded, located
 from rgrl.config.rules import check
 from rgrl.config.schema import (
     Config,
@@ -38,6 +39,8 @@ __all__ = [
     "RunStoppedError",
     "TrackingConfig",
     "check",
+    "expanded",
     "load_config",
+    "located",
     "to_dict",
 ]

@@ -13,6 +13,7 @@ import yaml
 
 from rgrl.config.explain import short, unknown
 from rgrl.config.kinds import SECTIONS, Null, read_path
+from rgrl.config.paths import expanded
 from rgrl.config.rules import check
 from rgrl.config.schema import Config
 from rgrl.errors import ConfigError
@@ -40,7 +41,7 @@ def _read(path: str | Path, below: tuple[Path, ...]) -> dict[str, Any]:
     """The settings in a file, laid over those of the file that its key `extends` names."""
     by = f" (which {below[-1]} extends)" if below else ""
     try:
-        path = Path(read_path(path))
+        path = Path(expanded(read_path(path), "--config"))
         if not path.is_file():
             raise ConfigError(f"--config {path}{by}: no such file")
         if path.resolve() in below:
@@ -66,7 +67,8 @@ def _read(path: str | Path, below: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: `extends` must be the path of a file, not {short(parent)}")
-    return _overlay(_read(path.parent / parent, (*below, path.resolve())), tree)
+    above = path.parent / expanded(parent, f"{path}: `extends`")
+    return _overlay(_read(above, (*below, path.resolve())), tree)
 
 
 def _overlay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -43,8 +43,24 @@ class History:
 
     @staticmethod
     def of(saved: dict[str, Any]) -> "History":
-        """The history that a checkpoint holds; an empty one where it holds none."""
-        return History(**(saved | {"kept": [Measured(**one) for one in saved["kept"]]})) if saved else History()
+        """The history that a checkpoint holds, which may be none at all. Raises `ValueError` for anything else."""
+        if not saved:
+            return History()
+        try:
+            kept = [Measured(**one) for one in saved["kept"]]
+            history = History(**(saved | {"kept": kept}))
+            counts = [history.count, *(one.step for one in kept)]
+            numbers = [
+                x for one in kept for x in [*one.values.values(), *(y for part in one.parts.values() for y in part)]
+            ]
+            words = [history.basis, *(one.word or "" for one in kept)]
+            fits = all(one.parts.keys() == one.values.keys() >= {"reward"} for one in kept)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"is no memory of evaluations ({type(error).__name__})") from error
+        kinds = ((counts, int), (numbers, (int, float)), (words, str))
+        if not fits or not all(isinstance(x, kind) for values, kind in kinds for x in values):
+            raise ValueError("is no memory of evaluations")
+        return history
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

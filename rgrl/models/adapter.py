@@ -37,7 +37,7 @@ def read_adapter(folder: Path, what: str) -> tuple[peft.LoraConfig, dict[str, Te
     config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_path.is_file():
         raise ConfigError(f"{what}: no adapter_config.json there")
-    config = _read_config(config_path, what)
+    config = read_config(config_path, what)
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         told = "only adapter_model.bin, a pickle, which is never opened: save it as" if pickled else "no weights:"
@@ -48,7 +48,8 @@ def read_adapter(folder: Path, what: str) -> tuple[peft.LoraConfig, dict[str, Te
     return config, tensors
 
 
-def _read_config(path: Path, what: str) -> peft.LoraConfig:
+def read_config(path: Path, what: str) -> peft.LoraConfig:
+    """The settings of a LoRA adapter, as `read_adapter`. Raises `ConfigError`."""
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise ConfigError(f"{what}: `peft_type` is {raw.get('peft_type')!r} in {path.name}; supported: 'LORA'")

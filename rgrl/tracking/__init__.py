@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rgrl.config import Config
 from rgrl.console import warn
+from rgrl.folder import Owner
 from rgrl.tracking.glossary import METRICS, TIMING
 from rgrl.tracking.journal import Journal, read_metrics
 from rgrl.tracking.tables import Tables
@@ -46,19 +47,19 @@ def make_sinks(config: Config) -> dict[str, Callable[[], Sink]]:
 class Tracker:
     """The main process's record of a run; on other processes every method does nothing.
 
-    `start_step` is the step resumed from. The journal and the tables are the run's own: their write errors go to
-    `failures`, which the caller clears. An optional sink that raises is dropped; the run goes on.
+    `start_step` is the step resumed from, `owner` the run. The journal and the tables are the run's own: their write
+    errors go to `failures`, which the caller clears. An optional sink that raises is dropped; the run goes on.
     """
 
-    def __init__(self, config: Config, start_step: int, enabled: bool) -> None:
+    def __init__(self, config: Config, owner: Owner, start_step: int, enabled: bool) -> None:
         self.enabled = enabled
         self.failures: dict[str, str] = {}
         self._sinks: dict[str, Sink] = {}
         if not enabled:
             return
         folder = Path(config.run.output_dir)
-        self._tables = Tables(folder)
-        self._journal = Journal(folder, start_step)
+        self._tables = Tables(folder, owner)
+        self._journal = Journal(folder, start_step, owner)
         for name, open_sink in make_sinks(config).items():
             if (sink := self._guard(name, open_sink)) is not None:
                 self._sinks[name] = sink

@@ -4,7 +4,7 @@ Everything is read from the run's own files, so a resumed run reports like an un
 going or has been stopped like one that has ended.
 """
 
-import os
+import io
 import re
 import shutil
 import textwrap
@@ -13,8 +13,12 @@ from typing import Any
 
 import yaml
 
+from rgrl.console import warn
 from rgrl.errors import ConfigError
-from rgrl.tracking.journal import read_metrics
+from rgrl.folder import new_owner, not_ours, owner_of, replace
+from rgrl.tracking.journal import damaged_lines, read_metrics
+
+MARK = "rgrl_run"  # in a plot's metadata: the run's id
 
 PHASES = ("rollout", "reward", "update", "eval", "checkpoint")
 MEASURES = (
@@ -34,23 +38,20 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, NotImplementedError)  # 
 
 
 def check(output_dir: Path) -> None:
-    """Raise `ConfigError` unless the folder holds a run whose metrics can be read."""
+    """Raise `ConfigError` unless the folder holds a run with metrics. Lines that cannot be read are told."""
     path = output_dir / "metrics.jsonl"
     try:
         if not output_dir.is_dir():
             raise ConfigError(f"{output_dir}: {'not a folder' if output_dir.exists() else 'no such folder'}")
         if not path.exists():
             raise ConfigError(f"{output_dir} holds no run: it has no metrics.jsonl")
-        lines = read_metrics(path)
+        problem = damaged_lines(path)
+        if problem is not None and not read_metrics(path):
+            raise ConfigError(f"{problem}, and nothing remains: this is no file of metrics")
     except OSError as error:
         raise ConfigError(f"{error.filename or path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} cannot be read: it is not text in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or type(line.get("step")) is not int:
-            raise ConfigError(f"{path} cannot be read: line {number} has no step")
-        if odd := [key for key, value in line.items() if not isinstance(value, int | float | None)]:
-            raise ConfigError(f"{path} cannot be read: {odd[0]} in line {number} is not a number")
+    if problem is not None:
+        warn(problem)
 
 
 def as_text(output_dir: Path, plotted: Path | None) -> str:
@@ -68,7 +69,7 @@ def state(output_dir: Path) -> str:
     try:
         settings = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
         total = f" of {int(settings['run']['steps'])}"
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
         total = ""  # a line without it is better than none
     return f"{output_dir}: step {done}{total}"
 
@@ -212,7 +213,8 @@ def newest_adapter(output_dir: Path) -> Path | None:
 def plot(output_dir: Path, path: Path | None = None) -> Path | None:
     """Save a picture, `reward.png` by default: the rollouts' reward by step, and the unguided evaluation and its judge.
 
-    Returns its path, or None if there is nothing to show yet. Raises `OSError`.
+    Returns its path, or None if there is nothing to show yet. Raises `OSError`, also where there is a picture already
+    that was not drawn for this run.
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     curves = [
@@ -238,11 +240,22 @@ def plot(output_dir: Path, path: Path | None = None) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     path = path if path is not None else output_dir / "reward.png"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # a run that is still going may draw its own
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        plt.close(figure)
+    owner, content = owner_of(output_dir), io.BytesIO()
+    mark = owner.id if owner is not None else "no id"
+    figure.savefig(content, format="png", metadata={MARK: mark})
+    plt.close(figure)
+    if (path.exists() or path.is_symlink()) and mark_of(path) != mark:
+        raise not_ours(path)
+    replace(path, content.getbuffer(), new_owner())  # a run that is still going may draw its own at the same time
     return path
+
+
+def mark_of(path: Path) -> str | None:
+    """The id of the run that a plot was drawn for; None where it was not drawn here."""
+    from PIL import Image  # matplotlib needs it too
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MARK)
+    except (OSError, ValueError, SyntaxError):  # Pillow's own for what is broken
+        return None

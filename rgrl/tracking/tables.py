@@ -1,14 +1,19 @@
 """Tables of completions as parquet files."""
 
+import re
 from pathlib import Path
 from typing import Any
+
+from rgrl.folder import Owner, not_ours
+
+MARK = b"rgrl_run"  # in a table's metadata: the run's id
 
 
 class Tables:
     """The files `completions/NAME_STEP.parquet`. A table that cannot be written is lost."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "completions"
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self.folder, self.owner = folder / "completions", owner
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, name: str, rows: list[dict[str, Any]]) -> str | None:
@@ -17,11 +22,34 @@ class Tables:
         import pyarrow.parquet as pq
 
         path = self.folder / f"{name}_{step:06d}.parquet"
-        partial = path.with_suffix(".partial")
+        partial = self.owner.partial(path)
         try:
-            pq.write_table(pa.Table.from_pylist(rows), partial)
+            if not owns_table(path, self.owner):
+                raise not_ours(path)
+            table = pa.Table.from_pylist(rows)
+            pq.write_table(table.replace_schema_metadata({MARK: self.owner.id.encode()}), partial)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             return f"cannot write {path}: {error}"
         return None
+
+
+def tables_after(output: Path, step: int) -> list[Path]:
+    """The tables in a run's folder that it will write again when it goes on after `step`."""
+    named = ((re.fullmatch(r"\w+_([0-9]{6,10})\.parquet", path.name), path) for path in output.glob("completions/*"))
+    return sorted(path for match, path in named if match and (int(match[1]) > step or step == 0))
+
+
+def owns_table(path: Path, owner: Owner) -> bool:
+    """Whether a table is the run's, or nothing yet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.exists() and not path.is_symlink():
+        return True
+    try:
+        mark = (pq.read_schema(path).metadata or {}).get(MARK)
+    except (OSError, pa.ArrowException):
+        return False
+    return owner.owns(mark.decode(errors="replace") if mark is not None else None)

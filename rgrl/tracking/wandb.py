@@ -53,8 +53,10 @@ def _start(config: Config, folder: Path) -> Any:
     import wandb
 
     id_file = folder / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id)
+    run_id = id_file.read_text().strip() if id_file.exists() else ""
+    if not run_id:
+        run_id = secrets.token_hex(4)
+        id_file.write_text(run_id)
     mode = chosen_mode()
 
     def begin(mode: Literal["offline"] | None) -> Any:

@@ -19,6 +19,7 @@ from training import go
 from rgrl.cli import run
 from rgrl.config import Config
 from rgrl.errors import ConfigError
+from rgrl.folder import claim, new_owner
 from rgrl.models.families.dream import DREAM
 from rgrl.trainer import evaluate, train
 
@@ -513,7 +514,8 @@ def test_processes_that_did_not_join_are_refused(tiny, tmp_path, monkeypatch):
 
 def test_a_run_stopped_before_its_first_checkpoint_has_its_own_message(tiny, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    claim(tmp_path / "run", new_owner())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="before its first checkpoint"):
         go(tiny, tmp_path)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -18,6 +18,7 @@ from training import adapter, assert_same_run, go, resolved, saved, tables, unti
 
 from rgrl import checkpoint
 from rgrl.errors import ConfigError, RunStoppedError
+from rgrl.folder import new_owner
 from rgrl.rewards.limits import TimeUpError, time_limit
 from rgrl.runtime.stopping import REASONS, StopRequests, first_reason
 from rgrl.tracking import Tracker, read_metrics
@@ -250,7 +251,7 @@ def test_a_run_goes_on_over_a_full_disk_if_told_so(risky, tmp_path, small_disk, 
 def test_lines_wait_for_room_and_none_is_written_by_half(risky, small_disk):
     folder, fill, free = small_disk
     risky["run"]["output_dir"] = str(folder / "run")
-    tracker = Tracker(resolved(risky, folder), 0, True)
+    tracker = Tracker(resolved(risky, folder), new_owner(), 0, True)
     tracker.log(0, {"reward": 0.0})
     fill()
     for step in range(1, 200):  # what is left of the file's last block takes some

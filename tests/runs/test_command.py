@@ -182,9 +182,9 @@ def test_a_report_of_what_there_is(metrics, told, untold, call, tmp_path):
         (lambda run: (run.rmdir(), run.write_text("")), "not a folder"),
         (lambda run: None, "holds no run: it has no metrics.jsonl"),
         (lambda run: (run / "metrics.jsonl").mkdir(), "Is a directory"),
-        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe{}"), "not text in UTF-8"),
-        (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "line 1 has no step"),
-        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "reward": "high"}\n'), "reward in line 1"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n"), "line 1 cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text("[1]\n\n"), "lines 1, 2 cannot be read"),
+        (lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "reward": "high"}\n'), "nothing remains"),
     ],
 )
 def test_what_is_no_run_is_named_in_one_line(spoil, told, call, tmp_path):

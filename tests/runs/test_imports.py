@@ -12,7 +12,7 @@ import rgrl
 ROOT = Path(rgrl.__file__).parent
 # Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "types", "seeds", "plugins", "hub", "console", "environment", "config"},
+    {"errors", "types", "seeds", "plugins", "hub", "console", "environment", "folder", "config"},
     {"models", "rewards", "data", "rollout", "algo", "tracking"},
     {"runtime", "checkpoint"},
     {"evaluation", "export"},

@@ -1,5 +1,6 @@
 """A killed and resumed run equals an undisturbed one: the same bytes, the same metrics, the same tables."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +23,7 @@ from rgrl.algo.learning_rate import learning_rate
 from rgrl.checkpoint import Saver, check_model, checkpoints, damage, save
 from rgrl.config import OptimConfig, load_config
 from rgrl.errors import ConfigError
+from rgrl.folder import RUN_FILE, owner_of
 from rgrl.models import load_policy
 from rgrl.tracking import read_metrics
 from rgrl.trainer import Loop, evaluate
@@ -94,12 +96,12 @@ def test_killed_while_saving_again_and_again(tiny, tmp_path):
     words = ["--config", config, "--run.output_dir", broken]
     for step, delay in ((2, 0.0), (3, 0.6), (4, 1.1)):
         process = start(altered_train(tmp_path, slowly), *words)
-        partial = broken / "checkpoints" / f".partial_{step:06d}"
-        wait_until(partial.exists)
+        partial = functools.partial(broken.glob, f"checkpoints/.partial_{step:06d}_*")
+        wait_until(lambda partial=partial: any(partial()))
         time.sleep(delay)
         process.kill()
         finish(process, -signal.SIGKILL)
-        assert partial.exists(), "the kill came in the middle of a save"
+        assert any(partial()), "the kill came in the middle of a save"
         words[4:] = ["--run.resume_from_checkpoint", "latest"]
     finish(start(TRAIN, *words))
     assert adapter(broken, 6) == adapter(whole, 6)
@@ -117,7 +119,7 @@ def test_only_the_newest_checkpoints_are_kept(tiny, tmp_path):
 
 def test_what_a_crash_leaves_behind_is_not_resumed_from(tiny, tmp_path):
     whole, output = go(tiny, tmp_path, steps=3, output_dir="whole"), go(tiny, tmp_path, steps=2)
-    partial = output / "checkpoints" / ".partial_000003"
+    partial = output / "checkpoints" / f".partial_000003_{owner_of(output).id}"
     shutil.copytree(output / "checkpoints" / "step_000002", partial)
     (partial / "state.pt").write_bytes(b"cut")
     (partial / "left.over").touch()
@@ -228,7 +230,9 @@ def test_a_checkpoint_is_what_the_run_needs_and_nothing_else(tiny, tmp_path, dre
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     about = json.loads((folder / "about.json").read_text())
-    assert about.keys() == {"processes", "versions", "commit", "prompts", "rows", "model", "reward", "guide", "judge"}
+    models = {"model", "reward", "guide", "judge"}
+    assert about.keys() == models | {"format", "run", "processes", "versions", "commit", "prompts", "rows"}
+    assert about["format"] == 1 and about["run"] == owner_of(tmp_path / "run").id
     assert about["processes"] == 1 and about["prompts"].startswith("6 prompts (SHA-256 ")
     assert about["model"].keys() == {"family", "config", "tokenizer", "weights"} and about["guide"] == about["reward"]
     assert about["versions"]["torch"] == importlib.metadata.version("torch")
@@ -404,7 +408,10 @@ def test_other_reward_models_judges_and_evaluation_data_are_told_in_one_line(tin
 
 
 def without_fingerprints(checkpoint: Path) -> None:
-    """Make a checkpoint one that was saved before they were recorded."""
+    """Make a checkpoint one that was saved before they were recorded, in a run without an id."""
+    output = checkpoint.parents[1]
+    (output / RUN_FILE).unlink()
+    (output / "config.yaml").write_bytes((output / "config.yaml").read_bytes().partition(b"\n")[2])
     about, manifest = checkpoint / "about.json", checkpoint / "manifest.json"
     content = json.loads(about.read_text())
     about.write_text(json.dumps({name: content[name] for name in ("processes", "prompts", "versions")}))
