@@ -1,6 +1,7 @@
 """The command line: `rgrl COMMAND ...`, `python -m rgrl COMMAND ...` and recipes/*.py all come here.
 
-Exit codes. 0: done. 2: bad input, said in one line. 75: stopped on request, all saved, to be resumed. 1: anything else.
+Exit codes. 0: done. 2: bad input, said in one line. 75: stopped on request, all saved, to be resumed. 130: the
+same by Ctrl-C. 1: anything else.
 `torchrun` and `accelerate launch` turn every code but 0 into 1.
 
 Nothing heavy is imported before a command needs it: help, the schema and bad settings are answered at once.
@@ -11,7 +12,9 @@ import difflib
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import rgrl
-from rgrl.console import say, warn
+from rgrl.console import complain, drained, say, steady, tell, warn, writes_unicode
 from rgrl.environment import check_numbers, read_by_libraries
-from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
+from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
 
 if TYPE_CHECKING:
     from rgrl.config import Config
@@ -35,7 +38,7 @@ several processes: accelerate launch --config_file FILE -m rgrl train --config F
 def main(words: list[str] | None = None) -> None:
     """Run the command that the words (those of the command line by default) name. Exits with a code unless it is 0."""
     name, *rest = (sys.argv[1:] if words is None else words) or [""]
-    with exit_codes():
+    with ctrl_c_ends(), steady("stderr"), drained(), exit_codes():
         if name in ("-h", "--help"):
             say(usage())
         elif name == "--version":
@@ -47,7 +50,7 @@ def main(words: list[str] | None = None) -> None:
             did_you_mean = f"; did you mean `{near[0]}`?" if near else f"; there are {', '.join(COMMANDS)}"
             raise ConfigError(f"unknown command {name!r}{did_you_mean}")
         else:
-            print(usage(), file=sys.stderr)
+            complain(usage())
             sys.exit(2)
 
 
@@ -80,11 +83,9 @@ def train(words: list[str]) -> None:
         output = train(config)
         if is_main_process():
             try:
-                plotted = report.plot(output)
-            except OSError as error:  # the run itself is saved
-                plotted = None
-                warn(f"the plot cannot be written: {error}")
-            say("\n" + report.as_text(output, plotted))
+                tell("\n" + report.at_the_end(output))
+            except Exception as error:  # whatever it is: the run itself is done and saved
+                warn(f"the report cannot be made: {type(error).__name__}: {error}; try `rgrl report {output}`")
 
     with_settings(train, command, words)
 
@@ -100,7 +101,7 @@ def sample(words: list[str]) -> None:
         from rgrl.trainer import sample
 
         for row in sample(config):
-            say(json.dumps(row, ensure_ascii=False))
+            say(json.dumps(row, ensure_ascii=not writes_unicode()))
 
     with_settings(sample, command, words)
 
@@ -129,8 +130,8 @@ def report(words: list[str]) -> None:
     Nothing of the run is changed but its reward.png, so one that is still going can be looked at too.
     """
     parser = parser_of(report)
-    parser.add_argument("run", metavar="RUN", type=Path, help="its output folder (`run.output_dir`)")
-    parser.add_argument("--output", metavar="FILE.png", type=Path, help="the plot's file, instead of RUN/reward.png")
+    parser.add_argument("run", metavar="RUN", type=a_path, help="its output folder (`run.output_dir`)")
+    parser.add_argument("--output", metavar="FILE.png", type=a_path, help="the plot's file, instead of RUN/reward.png")
     given = parser.parse_args(words)
     from rgrl.tracking.report import as_text, check, plot, state
 
@@ -158,13 +159,15 @@ def judge(words: list[str]) -> None:
     changed.
     """
     parser = parser_of(judge)
-    parser.add_argument("run", metavar="RUN", type=Path, help="its output folder (`run.output_dir`)")
-    parser.add_argument("--judge", metavar="PATH", required=True, help="folder or Hub id, as `judge.path`")
-    parser.add_argument("--adapter", metavar="FOLDER", help="LoRA adapter of that model, merged when it is loaded")
+    parser.add_argument("run", metavar="RUN", type=a_path, help="its output folder (`run.output_dir`)")
+    parser.add_argument("--judge", metavar="PATH", type=a_name, required=True, help="folder or Hub id, as `judge.path`")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", type=a_name, help="LoRA adapter of that model, merged when it is loaded"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of its weights")
     parser.add_argument("--max-length", metavar="N", type=at_least(0), default=0, help="as `judge.max_length`")
     parser.add_argument("--batch", metavar="N", type=at_least(1), default=16, help="completions scored at a time (16)")
-    parser.add_argument("--output", metavar="FILE.csv", type=Path, help="write the table here too, into a new file")
+    parser.add_argument("--output", metavar="FILE.csv", type=a_path, help="write the table here too, into a new file")
     given = parser.parse_args(words)
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(f"judging runs in one process, and {processes} were started")
@@ -194,13 +197,15 @@ def export(words: list[str]) -> None:
     Either comes with a model card, README.md. A folder that is not empty is never written to.
     """
     parser = parser_of(export)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's output folder, or a checkpoint's folder")
+    parser.add_argument("run", metavar="RUN", type=a_path, help="a run's output folder, or a checkpoint's folder")
     parser.add_argument("--merge", action="store_true", help="the whole model, with the adapter merged in")
     parser.add_argument(
-        "--checkpoint", metavar="WHICH", default="latest", help="`latest` (default), a step or a folder"
+        "--checkpoint", metavar="WHICH", type=a_name, default="latest", help="`latest` (default), a step or a folder"
     )
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to, instead of RUN/export/step_N")
-    parser.add_argument("--model", metavar="PATH", help="where the base is, if it is not at the run's `model.path` now")
+    parser.add_argument("--output", metavar="FOLDER", type=a_path, help="where to, instead of RUN/export/step_N")
+    parser.add_argument(
+        "--model", metavar="PATH", type=a_name, help="where the base is, if it is not at the run's `model.path` now"
+    )
     given = parser.parse_args(words)
     quiet_libraries()
     from rgrl.export import export as write
@@ -212,7 +217,7 @@ def export(words: list[str]) -> None:
 def schema(words: list[str]) -> None:
     """Write the JSON Schema of the settings, for editors and other programs."""
     parser = parser_of(schema)
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write it here instead of printing it")
+    parser.add_argument("--output", metavar="FILE", type=a_path, help="write it here instead of printing it")
     given = parser.parse_args(words)
     from rgrl.config.describe import json_schema
 
@@ -304,7 +309,7 @@ def run(call: Callable[["Config"], object], path: str, overrides: list[str]) -> 
         from torch.distributed.elastic.multiprocessing.errors import record
 
         quiet_libraries()
-    working_folder_last()
+        working_folder_last()
 
     @record  # so that a launcher shows the traceback of the rank that failed first
     def go() -> None:
@@ -316,7 +321,10 @@ def run(call: Callable[["Config"], object], path: str, overrides: list[str]) -> 
 
 def working_folder_last() -> None:
     """Let a user's own rewards be found beside the run, where nothing hides a library; `python -m` puts it first."""
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working folder cannot be entered: {error.strerror}") from error
     sys.path[:] = [path for path in sys.path if path not in ("", here)] + [here]
 
 
@@ -331,6 +339,21 @@ def quiet_libraries() -> None:
 
 # ------------------------------------------------------------------------------------------ errors and arguments
 @contextmanager
+def ctrl_c_ends() -> Iterator[None]:
+    """Let Ctrl-C end the body as it ends other programs, at once and without a traceback."""
+    usual = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if usual:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn errors that a user can act on into one line and an exit code."""
     try:
@@ -338,12 +361,12 @@ def exit_codes() -> Iterator[None]:
     except ConfigError as error:
         # One line a machine: the error may be one machine's.
         if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            complain(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except RunStoppedError as stopped:
         if stopped.on_one_rank or os.environ.get("RANK", "0") == "0":
-            kind = "" if stopped.code == REQUEUE else "error: "  # the first is no error, and says itself what it is
-            print(f"{kind}{' '.join(str(stopped).split())}", file=sys.stderr)
+            asked = stopped.code in (REQUEUE, INTERRUPTED)  # that is no error, and says itself what it is
+            complain(f"{'' if asked else 'error: '}{' '.join(str(stopped).split())}")
         sys.exit(stopped.code)
 
 
@@ -363,6 +386,21 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def a_path(text: str) -> Path:
+    """A type of arguments: paths, with `~` and variables written out."""
+    return Path(a_name(text))
+
+
+def a_name(text: str) -> str:
+    """The same as text: it may also be the id of something on the Hub."""
+    from rgrl.config import expanded
+
+    try:
+        return expanded(text, "the path")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parser_of(command: Callable[[list[str]], None]) -> Parser:

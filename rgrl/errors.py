@@ -1,6 +1,7 @@
 """How a run ends early: bad input, and stops. Commands turn both into one line and an exit code."""
 
 REQUEUE = 75  # exit code of a run that stopped on request and can be resumed (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # exit code of a run that Ctrl-C stopped, as shells have it; it can be resumed as well
 
 
 class ConfigError(ValueError):

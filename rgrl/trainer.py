@@ -3,6 +3,7 @@
 Not called train.py: `rgrl.train` is the function, and a module of that name would hide it.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from rgrl.checkpoint import (
     kept,
     load,
     load_adapter,
+    newest,
     owns_request,
     progress_of,
     set_aside_after,
@@ -37,8 +39,8 @@ from rgrl.checkpoint import (
     warn_of_kinks,
 )
 from rgrl.config import Config, check, located, to_dict
-from rgrl.console import inform, warn
-from rgrl.errors import REQUEUE, ConfigError, RunStoppedError
+from rgrl.console import inform, steady, warn
+from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
 from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
@@ -61,7 +63,7 @@ def train(config: Config) -> Path:
     Raises `ConfigError` for bad input, before any long work starts, and `RunStoppedError` where the run ends early.
     """
     check(config)
-    with StopRequests(config.run.max_hours) as requests, ExitStack() as held:
+    with steady(), StopRequests(config.run.max_hours) as requests, ExitStack() as held:
         config = located(config)
         output = Path(config.run.output_dir)
         check_writable(output)  # before others count on this process
@@ -77,24 +79,35 @@ def train(config: Config) -> Path:
         loop = Loop(run, progress, tracker, saver, requests, saved_step(config, resume, progress))
         try:
             reason = loop.run_steps()
-        finally:
+        except KeyboardInterrupt:  # at once, so the folder stays locked until the checkpoint under way is written
+            threading.Thread(target=close_after, args=(saver, held.pop_all()), daemon=True).start()
+            raise
+        except Exception:
             saver.wait()  # also on the way out of an error: a checkpoint under way is worth having
+            raise
+        saver.wait()
         tracker.flush()
         problem = take_failure(saver, tracker)
         if counts(accelerator, [int(problem is not None)])[0]:
             raise cannot_write(config, problem)
         tracker.close()
-        if reason is not None and accelerator.is_main_process:
+        if reason not in (None, "SIGINT") and accelerator.is_main_process:
             ask_for_requeue(output, reason)
         accelerator.wait_for_everyone()  # a launcher ends all processes when the first of them has gone
         if reason is not None:
             raise RunStoppedError(
                 f"stopped at step {loop.progress.step} on {reason}; all is saved: go on with "
                 "--run.resume_from_checkpoint latest",
-                REQUEUE,
+                INTERRUPTED if reason == "SIGINT" else REQUEUE,
             )
         accelerator.end_training()
     return output
+
+
+def close_after(saver: Saver, held: ExitStack) -> None:
+    """Let go of what is held once nothing is being written."""
+    with held:
+        saver.wait()
 
 
 def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tuple[Run, Progress]:
@@ -181,10 +194,11 @@ class Loop:
             unit="step",
         ) as bar:
             self.run.tell = bar.set_postfix_str
-            if self.run.evaluators and self.progress.step == 0:
+            reason = self.asked_to_stop()
+            if self.run.evaluators and self.progress.step == 0 and reason is None:
                 self.tracker.log(0, self.evaluate() | self.clock.seconds)
                 self.clock = Clock()
-            reason = self.asked_to_stop()
+                reason = self.asked_to_stop()
             while self.progress.step < config.run.steps and reason is None:
                 reason = self.one_step(bar)
             if reason is not None and self.progress.step != self.saved:
@@ -201,6 +215,7 @@ class Loop:
             set_global_state(state)  # as before the rollout, which the resumed run makes again
             return reason
         update = update_step(run, scored, step, self.progress.skipped_in_a_row, self.clock)
+        self.saver.check_weights(run.accelerator, run.policy, step + 1)
         release(config, "step")
         self.progress = replace(self.progress, step=step + 1, skipped_in_a_row=update.skipped_in_a_row)
         metrics = scored.metrics | update.metrics
@@ -326,9 +341,7 @@ def take_failure(saver: Saver, tracker: Tracker) -> str | None:
 
 def cannot_write(config: Config, problem: str | None) -> RunStoppedError:
     """The error of a run that cannot write, for every process. Only the main one, which knows why, prints it."""
-    found = checkpoints(Path(config.run.output_dir))
-    whole = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    return RunStoppedError(f"{problem}; {whole}")
+    return RunStoppedError(f"{problem}; {newest(Path(config.run.output_dir))}")
 
 
 def release(config: Config, end_of: str) -> None:

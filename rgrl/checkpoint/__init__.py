@@ -14,7 +14,7 @@ from rgrl.checkpoint.resume import (
     load_adapter,
     warn_of_kinks,
 )
-from rgrl.checkpoint.save import Saver, Snapshot, set_aside_after, take_snapshot, write
+from rgrl.checkpoint.save import Saver, Snapshot, newest, set_aside_after, take_snapshot, write
 from rgrl.checkpoint.start import code_commit, other_base, start_fingerprint
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "kept",
     "load",
     "load_adapter",
+    "newest",
     "other_base",
     "owns_request",
     "progress_of",

@@ -32,9 +32,12 @@ from rgrl.checkpoint.format import (
 )
 from rgrl.config import Config, to_dict
 from rgrl.console import warn
+from rgrl.errors import RunStoppedError
 from rgrl.folder import Owner, not_ours, replace
 from rgrl.models import Policy
+from rgrl.models.lora import adapter_parameters
 from rgrl.models.names import settings_of, to_original
+from rgrl.runtime.collectives import counts
 from rgrl.seeds import global_state
 
 
@@ -54,7 +57,8 @@ class Saver:
     """Saves checkpoints in the background: `save` copies the state, and a thread writes the copy.
 
     A thread, because hashing, writing and flushing release the interpreter lock, and another process would need a
-    second copy. One checkpoint at a time; an interpreter that exits waits for it. Only the main process writes.
+    second copy. One checkpoint at a time, and the trainer waits for the last; a process that ends sooner leaves what a
+    kill would. Only the main process writes.
     """
 
     def __init__(self, config: Config, owner: Owner) -> None:
@@ -75,15 +79,30 @@ class Saver:
         """Start to write `checkpoints/step_N`, after the one before it is written. Collective.
 
         `fingerprints` are those of the models and the data. `lines_written` tells whether the metrics up to here are on
-        disk: after a checkpoint without them a resumed run would lack a line, so none is written.
+        disk: after a checkpoint without them a resumed run would lack a line, so none is written. Raises
+        `RunStoppedError` where the weights are not finite.
         """
+        self.check_weights(accelerator, policy, progress.step)
         snapshot = take_snapshot(accelerator, policy, optimizer, progress, fingerprints, self.owner)
         if not accelerator.is_main_process:
             return
         self.wait()
         if lines_written:
-            self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+            self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()
+
+    def check_weights(self, accelerator: Accelerator, policy: Policy, step: int) -> None:
+        """Raise `RunStoppedError` where the adapter is not finite: nothing good would follow. Collective."""
+        adapter = adapter_parameters(policy)
+        finite = torch.stack([p.detach().isfinite().all() for p in adapter.values()]).tolist()
+        broken = [name for name, holds in zip(adapter, finite, strict=True) if not holds]
+        if not counts(accelerator, [len(broken)])[0]:
+            return
+        self.wait()
+        raise RunStoppedError(
+            f"the weights after step {step} are not finite ({', '.join(broken[:1]) or 'on another process'}), and are "
+            f"not saved; {newest(Path(self.config.run.output_dir))}"
+        )
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
@@ -100,6 +119,12 @@ class Saver:
             self._thread = None
         if self._unexpected is not None:
             raise self._unexpected
+
+
+def newest(output: Path) -> str:
+    """Which checkpoint of a run is the newest, in words."""
+    found = checkpoints(output)
+    return f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def take_snapshot(

@@ -54,6 +54,16 @@ def check(output_dir: Path) -> None:
         warn(problem)
 
 
+def at_the_end(output_dir: Path) -> str:
+    """The report of a run that has just ended, with its plot, if that can be drawn."""
+    try:
+        plotted = plot(output_dir)
+    except OSError as error:
+        plotted = None
+        warn(f"the plot cannot be written: {error}")
+    return as_text(output_dir, plotted)
+
+
 def as_text(output_dir: Path, plotted: Path | None) -> str:
     """The whole report; `plotted` is what `plot` returned."""
     where = [f"plot: {plotted}"] if plotted is not None else []
