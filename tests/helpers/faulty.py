@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,12 +59,37 @@ def wait_for_a_signal() -> None:
         signal.signal(number, handler)
 
 
+def leave_children() -> None:
+    """Leave a forked child and one of a shell behind, name them in the run's folder, and die."""
+    forked = os.fork()
+    if not forked:
+        for number in (1, 2):  # pipes of who waits for their end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        time.sleep(600)
+        os._exit(0)
+    started = subprocess.Popen(
+        ["sleep", "600"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = Path(sys.argv[sys.argv.index("--config") + 1]).parent / "run"
+    (folder / "children").write_text(f"{forked} {started.pid}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt(times: int) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # for Python to call the handler
+
+
 DEEDS: dict[str, Callable[[], object]] = {
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "fail": fail,
     "hang": hang_in_c,
     "kill_wandb": kill_wandb,
+    "leave_children": leave_children,
+    "SIGINT": lambda: interrupt(1),
+    "SIGINT_twice": lambda: interrupt(2),
     "wait": wait_for_a_signal,
 }
 

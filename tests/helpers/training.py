@@ -45,10 +45,10 @@ def saved(output: Path) -> list[str]:
 def resealed(checkpoint: Path) -> Path:
     """A checkpoint whose files a test has changed, with a manifest that says so."""
     path = checkpoint / "manifest.json"
-    names = json.loads(path.read_text())["files"]
-    contents = {name: (checkpoint / name).read_bytes() for name in names}
+    manifest = json.loads(path.read_text())
+    contents = {name: (checkpoint / name).read_bytes() for name in manifest["files"]}
     sealed = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
-    path.write_text(json.dumps({"files": sealed}))
+    path.write_text(json.dumps(manifest | {"files": sealed}))
     return checkpoint
 
 
