@@ -360,7 +360,8 @@ class OptimConfig:
 @section("run")
 class RunConfig:
     output_dir: PathText = ""
-    """Where everything is written. Must not hold a run already, unless it is resumed. Required."""
+    """Where everything is written, a folder of its own. Must not hold a run already, unless it is resumed, nor other
+    files under a run's names. Required. In this and all paths `~` and environment variables are written out."""
     seed: Annotated[Whole, Ge(-(2**63)), Lt(2**63)] = 0
     """Seed of everything random."""
     steps: Annotated[Whole, Ge(1), Le(MANY)] = 500
