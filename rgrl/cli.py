@@ -140,7 +140,8 @@ def report(words: list[str]) -> None:
         raise ConfigError(f"--output {path}: expected a name that ends with .png")
     check(given.run)
     try:
-        plotted = plot(given.run, path)
+        with read_by_libraries():
+            plotted = plot(given.run, path)
     except FileExistsError as error:
         if given.output is not None:
             raise ConfigError(f"--output {error}") from error

@@ -1,11 +1,13 @@
 """Environment variables that should be numbers: launchers', and those that libraries read as they are loaded."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rgrl.errors import ConfigError
 
+_WHOLE = re.compile("-?[0-9]{1,9}")
 # What launchers tell a process in numbers: (least, most).
 _NUMBERS = {name: (1, 10**6) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
 _NUMBERS |= {name: (0, 10**6) for name in ("RANK", "OMP_NUM_THREADS")}
@@ -15,8 +17,8 @@ _NUMBERS |= {"LOCAL_RANK": (-1, 10**6), "MASTER_PORT": (0, 65535)}
 def check_numbers(environ: Mapping[str, str]) -> None:
     """Raise `ConfigError` for a variable of the launcher that is not the number it should be."""
     for name, (least, most) in _NUMBERS.items():
-        text = environ.get(name, "").strip()
-        if text and not (text.lstrip("-").isdecimal() and least <= int(text[:20]) <= most):
+        text = environ.get(name, "")
+        if text and not (_WHOLE.fullmatch(text) and least <= int(text) <= most):
             raise ConfigError(
                 f"the environment variable {name} must be a whole number from {least}, not {text[:60]!r}",
                 on_one_rank=True,

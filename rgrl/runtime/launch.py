@@ -123,7 +123,7 @@ def left_out(environ: Mapping[str, str], joined: int) -> str | None:
         )
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         asked = environ.get(name, "")
-        if asked.isdecimal() and int(asked) > joined:
+        if asked.isascii() and asked.isdecimal() and len(asked) < 10 and int(asked) > joined:
             return f"{name} is {asked}, but this run has {joined}: processes join by WORLD_SIZE, as in launch/slurm.sh"
     return None
 

@@ -34,7 +34,9 @@ from rgrl.config import (
 from rgrl.config.describe import docs, json_schema, settings_help
 from rgrl.config.explain import ALIASES, all_keys
 from rgrl.config.kinds import SECTIONS
+from rgrl.environment import check_numbers
 from rgrl.rollout.guidance import guidance_at
+from rgrl.runtime.launch import left_out
 from rgrl.trainer import evaluate, sample, train
 
 LEAVES = [key for keys in all_keys(SECTIONS).values() for key in keys]
@@ -283,6 +285,39 @@ def test_bad_environment(variables, words, tmp_path):
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and not [word for word in words if word not in line], line
     assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize("text", ["--5", " ", "²", "\u0661", "9" * 5000, "1_0", "+"])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "OMP_NUM_THREADS"])
+def test_what_looks_like_a_number_in_the_environment(name, text):
+    with pytest.raises(ConfigError, match=f"^the environment variable {name} must be a whole number from -?[01], not "):
+        check_numbers({name: text})
+
+
+def test_a_scheduler_that_says_nonsense_is_not_believed():
+    assert left_out({"SLURM_NTASKS": "9" * 5000, "SLURM_STEP_NUM_TASKS": "²"}, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("$NO_SUCH_VARIABLE/a.yaml", ["--config", "NO_SUCH_VARIABLE is not set"]),
+        ("~nobody-here/a.yaml", ["--config", "there is no user '~nobody-here'"]),
+        ("x" * 300, ["at most 255 bytes"]),
+    ],
+)
+def test_paths_that_cannot_be_written_out(path, words, refused):
+    line = refused("--config", path)
+    assert not [word for word in words if word not in line], line
+
+
+def test_paths_of_files_of_settings_are_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINE", str(tmp_path / "mine"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.yaml").write_text(NEEDED)
+    (tmp_path / "b.yaml").write_text("extends: ${MINE}/a.yaml")
+    assert load_config("~/b.yaml") == load_config("$MINE/a.yaml")
 
 
 # ------------------------------------------------------------------------------------ what is read as it is written
