@@ -107,6 +107,10 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
     check_lengths(config, policy, [prompts] if eval_prompts is None else [prompts, eval_prompts])
     rewards, guide = load_rewards(config, device)
+    data_sets = {"data.path": prompts} | ({} if eval_prompts is None else {"data.eval_path": eval_prompts})
+    for note in rewards.try_out(data_sets):
+        if accelerator.is_main_process:
+            warn(note)
     guide_model = guide if config.guidance.kind != "none" else None
     gradient_model = None
     if config.gradient.weight > 0:

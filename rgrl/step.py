@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rgrl.algo.advantages import in_groups
 from rgrl.algo.corrections import correction
 from rgrl.algo.estimators import ValuesFn
 from rgrl.algo.learning_rate import learning_rate
@@ -83,9 +84,7 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
         reward_B, terms = run.rewards.score(prompts, completions)
-        advantage_B = torch.zeros_like(reward_B)
-        if G > 1:
-            advantage_B = run.algorithm.advantage(reward_B, G, config.objective)
+        advantage_B = in_groups(run.algorithm.advantage, reward_B, G, config.objective)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, terms, G)
     metrics["entropy"] = fraction(accelerator, stats.entropy, stats.committed)
     if guided_B.any():
@@ -411,7 +410,8 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict
 
 
 def completion_rows(scored: Scored) -> list[dict]:
-    """This rank's completions as rows of a table."""
-    columns = scored.prompts.texts, scored.completions, scored.reward_B.tolist(), scored.advantage_B.tolist()
+    """This rank's completions as rows of a table; a completion without a reward has None there."""
+    rewards = [None if math.isnan(r) else r for r in scored.reward_B.tolist()]
+    columns = scored.prompts.texts, scored.completions, rewards, scored.advantage_B.tolist()
     names = ("prompt", "completion", "reward", "advantage")
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -38,7 +37,7 @@ from rgrl.checkpoint import (
     take_folder,
     warn_of_kinks,
 )
-from rgrl.config import Config, check, located, to_dict
+from rgrl.config import Config, as_yaml, check, located
 from rgrl.console import inform, steady, warn
 from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation
@@ -55,6 +54,7 @@ from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run, set_up
 from rgrl.step import Scored, completion_rows, roll_out, rollout_step, update_step
 from rgrl.tracking import Tracker
+from rgrl.trial import try_out
 
 
 def train(config: Config) -> Path:
@@ -71,6 +71,7 @@ def train(config: Config) -> Path:
         resume, owner = take_folder(config, accelerator, held)
         run, progress = begin(config, accelerator, resume)
         run.owner, config = owner, run.config
+        try_out(run)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
         tracker = open_output(run, resume, progress)
         if accelerator.is_main_process:
@@ -144,7 +145,7 @@ def open_output(run: Run, resume: Path | None, progress: Progress) -> Tracker:
         if main:
             claim(output, owner)
             (output / "requeue").unlink(missing_ok=True)
-            text = f"{HEADER}{owner.id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
+            text = f"{HEADER}{owner.id}\n{as_yaml(config)}"
             replace_file(output / "config.yaml", text.encode(), owner)
             if resume is not None:
                 set_aside_after(resume, progress.step, output, owner)
@@ -314,17 +315,21 @@ def exchange(
     """One all-reduce at the end of a step, so that all ranks go on in the same way.
 
     Returns, over all ranks: the tokens rolled out; if the main process could not write something; why to stop, if
-    anybody was asked to; and, as metrics, the failed calls of each Python reward and the texts that were cut.
+    anybody was asked to; and, as metrics, the failed calls of each Python reward, the completions that it gave None,
+    and the texts that were cut.
     """
     failures, names, asked = run.rewards.failures, list(run.rewards.functions), requests.asked()
     for name, problem in dict(reversed(failures)).items():  # the first of each
         warn(f"step {step}: reward {name!r} {problem}; its completions got 0 (reward.on_error)")
     calls = [sum(name == of for of, _ in failures) for name in names]
+    unrated = [run.rewards.unrated[name] for name in names]
     failures.clear()
+    run.rewards.unrated.clear()
     cut = run.rewards.take_cut()
-    tokens, count, cut, *rest = counts(run.accelerator, [tokens, int(unwritten), cut, *asked, *calls])
-    reason, calls = first_reason(rest[: len(asked)]), rest[len(asked) :]
-    failed = {f"rewards/{name}/failed": float(n) for name, n in zip(names, calls, strict=True)}
+    tokens, count, cut, *rest = counts(run.accelerator, [tokens, int(unwritten), cut, *asked, *calls, *unrated])
+    reason, rest = first_reason(rest[: len(asked)]), rest[len(asked) :]
+    keys = [f"rewards/{name}/{what}" for what in ("failed", "none") for name in names]
+    failed = {key: float(n) for key, n in zip(keys, rest, strict=True)}
     if run.rewards.model is not None:
         failed[f"rewards/{run.rewards.model.name}/cut"] = float(cut)
     return tokens, count > 0, reason, failed
@@ -390,7 +395,7 @@ def sample(config: Config) -> Iterator[dict]:
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
         rows = completion_rows(scored)
         for j in range(0, len(rows), G):
-            yield from sorted(rows[j : j + G], key=lambda row: -row["reward"])
+            yield from sorted(rows[j : j + G], key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
 def open_checkpoint(config: Config) -> Run:

@@ -1,7 +1,21 @@
-"""Rewards to advantages, within each group of G completions of one prompt. Rows of a group stand together.
+'''Rewards to advantages, within each group of G completions of one prompt. Rows of a group stand together.
 
-Each is called as `advantage(reward_B, G, config)`; a group with zero spread contributes nothing.
-"""
+Each is called as `advantage(reward_B, G, config)`; a group with zero spread contributes nothing. One of your own is
+named by dotted path, `objective.advantage: "my_advantage:ranked"`, and finds settings of its own in `config.settings`:
+
+```python
+# my_advantage.py
+import torch
+
+
+def ranked(reward_B, G, config):
+    """The rank of each completion in its group, spaced evenly from -scale to scale; equal rewards share a rank."""
+    reward_PG = reward_B.view(-1, G)
+    above_PG = (reward_PG[:, :, None] > reward_PG[:, None, :]).sum(2)
+    below_PG = (reward_PG[:, :, None] < reward_PG[:, None, :]).sum(2)
+    return config.settings.get("scale", 1.0) * ((above_PG - below_PG) / (G - 1)).reshape(-1)
+```
+'''
 
 from collections.abc import Callable
 
@@ -10,6 +24,7 @@ from torch import Tensor
 
 from rgrl.config import ObjectiveConfig
 
+Advantage = Callable[[Tensor, int, ObjectiveConfig], Tensor]
 SPREAD = 1e-6  # a group whose rewards differ by less than this contributes nothing
 
 
@@ -18,9 +33,26 @@ def _groups(reward_B: Tensor, G: int) -> Tensor:
 
 
 def zero_spread(reward_B: Tensor, G: int) -> Tensor:
-    """True for each group (P) whose rewards are all the same."""
+    """True for each group (P) whose rewards are all the same; completions without a reward (NaN) do not count."""
     reward_PG = _groups(reward_B, G)
-    return (reward_PG.amax(1) - reward_PG.amin(1)) < SPREAD
+    highest_P = reward_PG.nan_to_num(nan=float("-inf")).amax(1)
+    return (highest_P - reward_PG.nan_to_num(nan=float("inf")).amin(1)) < SPREAD
+
+
+def in_groups(advantage: Advantage, reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor:
+    """`advantage` of groups in which some completions may have no reward (NaN): A_B, float32.
+
+    Those get 0, and the others what they would get in a smaller group without them; a group with fewer than two rewards
+    contributes nothing, and so does every group where G is 1.
+    """
+    rated_PG = ~_groups(reward_B, G).isnan()
+    advantage_PG = torch.zeros(rated_PG.shape, device=reward_B.device)
+    for n in range(2, G + 1):
+        chosen_PG = rated_PG & (rated_PG.sum(1, keepdim=True) == n)
+        if chosen_PG.any():
+            found_B = advantage(_groups(reward_B, G)[chosen_PG], n, config)  # a copy: a user's own may write into it
+            advantage_PG = advantage_PG.masked_scatter(chosen_PG, found_B.float())
+    return advantage_PG.reshape(-1)
 
 
 def centred(reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor:
@@ -63,7 +95,7 @@ def _silence(advantage_PG: Tensor, reward_B: Tensor, G: int) -> Tensor:
     return torch.where(zero_spread(reward_B, G)[:, None], 0.0, advantage_PG).reshape(-1)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, int, ObjectiveConfig], Tensor]] = {
+ADVANTAGES: dict[str, Advantage] = {
     "centred": centred,
     "zscore": zscore,
     "leave_one_out": leave_one_out,

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
-from rgrl.algo.advantages import ADVANTAGES
+from rgrl.algo.advantages import ADVANTAGES, Advantage
 from rgrl.algo.estimators import ESTIMATORS, Estimator
 from rgrl.algo.objectives import OBJECTIVES, Objective
+from rgrl.algo.own import own_advantage, own_estimator, own_objective
 from rgrl.config import Config, ObjectiveConfig
 from rgrl.errors import ConfigError
-from rgrl.plugins import resolve
+from rgrl.plugins import is_own, resolve
 
 NEEDS = frozenset({"old", "ref", "behaviour", "reference_states"})
 
@@ -22,8 +21,9 @@ class Algorithm:
 
     objective: Objective
     estimator: Estimator
-    advantage: Callable[[Tensor, int, ObjectiveConfig], Tensor]
+    advantage: Advantage
     needs: frozenset[str]  # of the objective and its settings (`Objective.needs`)
+    own: frozenset[str] = frozenset()  # which of the three are a user's own: "objective", "estimator", "advantage"
 
 
 def resolve_algorithm(config: Config) -> Algorithm:
@@ -36,6 +36,19 @@ def resolve_algorithm(config: Config) -> Algorithm:
     objective = _resolve("objective", o.name, OBJECTIVES, Objective)
     estimator = _resolve("estimator", o.estimator, ESTIMATORS, Estimator)
     advantage = _resolve("advantage", o.advantage, ADVANTAGES, Callable)
+    own = {
+        what
+        for what, name, known in (
+            ("objective", o.name, OBJECTIVES),
+            ("estimator", o.estimator, ESTIMATORS),
+            ("advantage", o.advantage, ADVANTAGES),
+        )
+        if is_own(name, known)
+    }
+    if o.settings and not own:
+        raise ConfigError(
+            "`objective.settings` are for an objective, estimator or advantage of your own, and all three are built in"
+        )
     for holds, message in (*_combinations(o, objective, estimator), *_groups(config, objective)):
         if trains and not holds:
             raise ConfigError(message)
@@ -44,7 +57,13 @@ def resolve_algorithm(config: Config) -> Algorithm:
         objective = replace(objective, needs=objective.needs | {"reference_states"}, readouts=readouts)
     elif o.beta > 0:
         objective = replace(objective, needs=objective.needs | {"ref"})
-    return Algorithm(objective, estimator, advantage, objective.needs if trains else frozenset())
+    if "objective" in own:
+        objective = own_objective(o.name, objective)
+    if "estimator" in own:
+        estimator = own_estimator(o.estimator, estimator)
+    if "advantage" in own:
+        advantage = own_advantage(o.advantage, advantage)
+    return Algorithm(objective, estimator, advantage, objective.needs if trains else frozenset(), frozenset(own))
 
 
 def _resolve(what: str, name: str, known: dict[str, Any], kind: Any) -> Any:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save as safetensors_bytes
@@ -30,7 +29,7 @@ from rgrl.checkpoint.format import (
     step_of,
     versions,
 )
-from rgrl.config import Config, to_dict
+from rgrl.config import Config, as_yaml
 from rgrl.console import warn
 from rgrl.errors import RunStoppedError
 from rgrl.folder import Owner, not_ours, replace
@@ -223,7 +222,7 @@ def _contents(config: Config, snapshot: Snapshot) -> Iterator[tuple[str, bytes |
     torch.save(snapshot.state, buffer)
     yield "state.pt", buffer.getbuffer()
     yield "progress.json", _json(asdict(snapshot.progress))
-    yield "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False).encode()
+    yield "config.yaml", as_yaml(config).encode()
     yield "about.json", _json(snapshot.about)
 
 

@@ -1,6 +1,6 @@
 """The settings of a run. Needs no torch, so that settings can be read and checked anywhere."""
 
-from rgrl.config.load import load_config
+from rgrl.config.load import as_yaml, load_config
 from rgrl.config.paths import expanded, located
 from rgrl.config.rules import check
 from rgrl.config.schema import (
@@ -38,6 +38,7 @@ __all__ = [
     "RunConfig",
     "RunStoppedError",
     "TrackingConfig",
+    "as_yaml",
     "check",
     "expanded",
     "load_config",

@@ -30,7 +30,11 @@ _REVISION = re.compile(r"[A-Za-z0-9_][-+.\w/@]*")
 _FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-class Null(str):
+class Plain(str):
+    """A scalar of a file or a command line without quotes: where a setting may be anything, it may be a number."""
+
+
+class Null(Plain):
     """An unquoted `null`, `~` or nothing: no value where a setting is optional, and elsewhere a text like any other."""
 
 
@@ -117,6 +121,33 @@ def read_text(value: Any) -> str:
     return str(value)  # also where it is a subclass
 
 
+def read_anything(value: Any) -> Any:
+    """What a file says as YAML means it, or plain data: true, false, numbers, text, null, lists and mappings of these.
+
+    Quoted text stays text. Raises `ValueError` with what was expected.
+    """
+    if isinstance(value, Null):
+        return None
+    if isinstance(value, Plain):
+        if value.lower() in _FLAGS:
+            return _FLAGS[value.lower()]
+        if _WHOLE.fullmatch(value):
+            return read_whole(value)
+        if _NUMBER.fullmatch(value) or _INFINITE.fullmatch(value):
+            return read_number(value)
+        if _ODD.fullmatch(value) or value.lower() == ".nan":
+            raise ValueError("a number in plain decimal (no leading 0, no other base), or text in quotes")
+    if isinstance(value, str):
+        return read_text(value)
+    if isinstance(value, list | tuple):
+        return [read_anything(one) for one in value]
+    if isinstance(value, dict):
+        return {read_text(key): read_anything(one) for key, one in value.items()}
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise ValueError("true or false, a number, text, null, or a list or mapping of these")
+
+
 def read_path(value: Any) -> str:
     """A path, or text that can be one on any file system. Raises `ValueError` with what was expected."""
     text = read_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -138,6 +169,7 @@ Infinite = Annotated[float, BeforeValidator(read_number)]  # a number, or infini
 Number = Annotated[Infinite, AllowInfNan(False)]
 Flag = Annotated[bool, BeforeValidator(read_flag)]
 Text = Annotated[str, BeforeValidator(read_text)]
+Anything = Annotated[Any, BeforeValidator(read_anything)]
 PathText = Annotated[str, BeforeValidator(read_path)]
 Revision = Annotated[str, BeforeValidator(read_revision)]
 # A setting that may have no value: `Maybe[Text]`.

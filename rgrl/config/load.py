@@ -12,14 +12,15 @@ from typing import Any
 import yaml
 
 from rgrl.config.explain import short, unknown
-from rgrl.config.kinds import SECTIONS, Null, read_path
+from rgrl.config.kinds import SECTIONS, Null, Plain, read_anything, read_path
 from rgrl.config.paths import expanded
 from rgrl.config.rules import check
-from rgrl.config.schema import Config
+from rgrl.config.schema import Config, to_dict
 from rgrl.errors import ConfigError
 
 MOST_BYTES, MOST_VALUES = 10**6, 10**5  # of a file; aliases count each time they are used
 _NULL = "tag:yaml.org,2002:null"
+_NULLS = ("", "~", "null", "Null", "NULL")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -115,15 +116,42 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
     if entry and origin is not dict:
         raise ConfigError(f"--{key}: `{name}` is a value, not a section")
     if entry:
+        scalar: Any = Null(text) if text in _NULLS else Plain(text)
+        inner = typing.get_args(kinds[name])[1]
+        first, _, rest = entry.partition(".")
+        if typing.get_origin(inner) is dict and rest:
+            known = node.get(name)
+            below = known.get(first) if isinstance(known, dict) else None
+            entry, scalar = first, (below if isinstance(below, dict) else {}) | {rest: scalar}
         known = node.get(name)
-        node[name] = (known if isinstance(known, dict) else {}) | {entry: text}
+        node[name] = (known if isinstance(known, dict) else {}) | {entry: scalar}
     elif origin in (list, dict):
         node[name] = parse(text, f"--{key}")
     else:
-        node[name] = Null(text) if text in ("", "~", "null", "Null", "NULL") else text
+        node[name] = Null(text) if text in _NULLS else text
 
 
 # ------------------------------------------------------------------------------------------------ YAML
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` and a setting that may be anything would take for something else."""
+
+
+def _quoted(dumper: _Dumper, text: str) -> yaml.Node:
+    try:
+        same = type(read_anything(Plain(text))) is str
+    except ValueError:
+        same = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if same else "'")
+
+
+_Dumper.add_representer(str, _quoted)
+
+
+def as_yaml(config: Config) -> str:
+    """The settings as a file that `load_config` reads as the same ones."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+
+
 class _Loader(yaml.SafeLoader):
     """Reads scalars as text, and refuses a key that stands twice."""
 
@@ -144,7 +172,7 @@ class _Loader(yaml.SafeLoader):
 
 def _scalar(loader: _Loader, node: yaml.ScalarNode) -> str:
     text = loader.construct_scalar(node)
-    return Null(text) if node.tag == _NULL else text
+    return Null(text) if node.tag == _NULL else Plain(text) if node.style is None else text
 
 
 for _tag in ("null", "bool", "int", "float", "str", "timestamp", "value"):

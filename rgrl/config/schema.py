@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from rgrl.config.explain import short
 from rgrl.config.kinds import (
+    Anything,
     Flag,
     Infinite,
     Maybe,
@@ -130,13 +131,18 @@ class RewardConfig:
     text loses the beginning of its prompt, which `rewards/<name>/cut` counts. Also for a guide of its own."""
     functions: dict[Text, Number] = field(default_factory=dict)
     """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
-    `function(prompts, completions, rows)` and returns one number a completion."""
+    `function(prompts, completions, rows)`, or by name with columns of the data, as `function(completions, answer)`
+    (rgrl/rewards/functions.py), and returns one number a completion, or None for no reward from this one: the sum
+    leaves it out, and a completion that gets none at all is left out of its group."""
+    settings: dict[Text, dict[Text, Anything]] = field(default_factory=dict)
+    """Settings of functions: function's name (after the colon) -> parameter -> value."""
     time_limit: Annotated[Number, Ge(0), Le(1e7)] = 300.0
-    """Seconds that one call of a function may take before it is interrupted. 0: no limit. Native code that cannot be
-    interrupted ends the process 30 seconds later, and prints where it hangs."""
+    """Seconds that one call of a function may take before it is interrupted, the trial at a run's start too. 0: no
+    limit. Native code that cannot be interrupted ends the process 30 seconds later, and prints where it hangs."""
     on_error: Literal["stop", "zero"] = "stop"
-    """When a function raises or takes too long: `stop` ends the run and names it; `zero` gives all completions of the
-    call 0 from it, which contributes nothing to advantages, and counts the call in `rewards/<name>/failed`."""
+    """When a function raises or takes too long in a run: `stop` ends the run and names it; `zero` gives all completions
+    of the call 0 from it, which contributes nothing to advantages, and counts the call in `rewards/<name>/failed`. A
+    function that fails in the trial at a run's start ends it either way."""
     bridge: Literal["compose", "unknown", "zero"] = "compose"
     """What the guide is shown of a policy token that its tokenizer lacks: the mean of the tokens that spell it
     (`compose`), the unknown or end token (`unknown`), or `zero`. Special tokens that it lacks are zero, except that
@@ -307,6 +313,8 @@ class ObjectiveConfig:
     """Optimizer updates per rollout."""
     prompt_mask: Annotated[Number, Ge(0), Lt(1)] = 0.3
     """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
+    settings: dict[Text, Anything] = field(default_factory=dict)
+    """Settings of an objective, estimator or advantage of your own, which finds them in `config.settings`."""
 
     def __post_init__(self) -> None:
         if self.correction_min > self.correction_max:

@@ -29,7 +29,9 @@ class Measured:
 
     step: int
     values: dict[str, float]
-    parts: dict[str, list[float]]  # their mean is the value, but for distinct_2, where they are jackknife pseudo-values
+    # Numbers, None for a completion without a reward; their mean is the value, but for distinct_2, where they are
+    # jackknife pseudo-values.
+    parts: dict[str, list[Any]]
     word: str | None = None  # that `top_word` counts
 
 
@@ -77,25 +79,38 @@ class Look:
 
 
 def measure(step: int, rows: list[dict[str, Any]]) -> Measured:
-    """An evaluation in numbers, from its rows (`HeldOut`). A judge that is missing or not finite is left out."""
+    """An evaluation in numbers, from its rows (`HeldOut`). A judge that is missing or not finite is left out, and a
+    reward that no completion has."""
     texts, n = [row["completion"] for row in rows], len(rows)
-    parts = {"reward": [row["reward"] for row in rows]}
+    parts: dict[str, list[Any]] = {"reward": [row["reward"] for row in rows]}
     judge = [row["judge"] for row in rows]
     if all(value is not None and math.isfinite(value) for value in judge):
         parts["judge"] = judge
     word, held = top_word([row["prompt"] for row in rows], texts)
     parts["top_word"] = [float(holds) for holds in held]
-    values = {name: math.fsum(each) / n for name, each in parts.items()}
+    rated = {name: [part for part in each if part is not None] for name, each in parts.items()}
+    values = {name: math.fsum(each) / len(each) for name, each in rated.items() if each}
     values["distinct_2"] = distinct(texts, 2)
     parts["distinct_2"] = [n * values["distinct_2"] - (n - 1) * without for without in distinct_without(texts, 2)]
     return Measured(step, values, parts, word)
 
 
 def change(name: str, before: Measured, now: Measured) -> tuple[float, float]:
-    """By how much a measure has changed, and the standard error of that, paired by prompt; NaN for a single prompt."""
-    apart = [b - a for a, b in zip(before.parts[name], now.parts[name], strict=True)]
-    n = len(apart)
-    return now.values[name] - before.values[name], statistics.stdev(apart) / math.sqrt(n) if n > 1 else math.nan
+    """By how much a measure has changed, and the standard error of that, paired by prompt; NaN for a single prompt.
+
+    Where a completion has no reward, the change is that of the prompts which have one both times.
+    """
+    apart, n = differences(name, before, now), len(now.parts[name])
+    error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+    if len(apart) < n:
+        return math.fsum(apart) / len(apart) if apart else math.nan, error
+    return now.values[name] - before.values[name], error
+
+
+def differences(name: str, before: Measured, now: Measured) -> list[float]:
+    """What each completion contributes now more than before, where it contributes anything both times."""
+    pairs = zip(before.parts[name], now.parts[name], strict=True)
+    return [b - a for a, b in pairs if a is not None and b is not None]
 
 
 def in_errors(difference: float, error: float) -> float:
@@ -130,13 +145,14 @@ def _fallen(name: str, history: History, now: Measured) -> tuple[Measured, str] 
     """
     n, k = len(now.parts["reward"]), history.count
     for before in history.kept:
-        if n < 2 or name not in before.values or name not in now.values:
+        rated = len(differences("reward", before, now))
+        if rated < 2 or name not in before.values or name not in now.values:
             continue
         # k looks so far, each at k earlier evaluations: the levels of all comparisons of a run, of all measures, add up
         # to FALSE_ALARMS, since 1/2 + 1/6 + ... + 1/(k (k + 1)) + ... = 1.
         level = FALSE_ALARMS / len(COSTS) / (k * (k + 1)) / k
         cost, error = change(name, before, now)
-        risen = t_tail(in_errors(*change("reward", before, now)), n - 1) < RISE
+        risen = t_tail(in_errors(*change("reward", before, now)), rated - 1) < RISE
         fallen = t_tail(COSTS[name] * in_errors(cost, error), n - 1) < level
         if name == "top_word":
             fallen &= binomial_tail(sum(map(bool, now.parts[name])), n, FEW) < level
@@ -167,6 +183,6 @@ def basis(config: Config, fingerprints: dict[str, Any]) -> str:
     }
     reward, judge, rollout = to_dict(config.reward), to_dict(config.judge), to_dict(config.rollout)
     settings = [reward[key] for key in ("weight", "dtype", "max_length", "functions", "on_error")]
-    settings += [judge["dtype"], judge["max_length"]]
+    settings += [judge["dtype"], judge["max_length"], *([reward["settings"]] if reward["settings"] else [])]
     rollout = {key: value for key, value in rollout.items() if key != "micro_batch"}
     return hashlib.sha256(json.dumps([models, settings, rollout], sort_keys=True).encode()).hexdigest()

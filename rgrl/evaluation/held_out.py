@@ -1,5 +1,6 @@
 """Unguided completions of held-out prompts, under the reward, the judge and the frozen base."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ class Gathered:
     # long for the judge
     sums_4: Tensor
     rows: list[dict[str, Any]] = field(default_factory=list)
-    guided: dict[int, float] = field(default_factory=dict)  # reward of guided completions, by number of the prompt
+    guided: dict[int, float | None] = field(default_factory=dict)  # reward if guided, by number of the prompt
 
 
 @dataclass
@@ -65,7 +66,7 @@ class HeldOut:
                     prompts = self.prompts.take(probe)
                     steered = generate(prompts, probe, guidance)
                     total_B, _ = self.rewards.score(prompts, policy.decode(steered.completion_BC))
-                    gathered.guided |= dict(zip(probe, total_B.tolist(), strict=True))
+                    gathered.guided |= dict(zip(probe, _or_none(total_B), strict=True))
         return self._over_all_ranks(gathered)
 
     def _unguided(self, generate: Generate, numbers: list[int], gathered: Gathered) -> None:
@@ -85,7 +86,7 @@ class HeldOut:
         gathered.sums_4[:3] += torch.stack([*base, own]).double()
         lengths = rollout.completion_mask_BC.sum(1).tolist()
         for i, prompt, text, r, j, n in zip(
-            numbers, prompts.texts, completions, total_B.tolist(), judged, lengths, strict=True
+            numbers, prompts.texts, completions, _or_none(total_B), judged, lengths, strict=True
         ):
             gathered.rows.append(
                 {"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n}
@@ -99,7 +100,8 @@ class HeldOut:
         rows = sorted(gather_object(gathered.rows), key=lambda row: row["index"])
         guided = dict(gather_object(list(gathered.guided.items())))
         base_nll, count, own_nll, cut = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
-        reward, texts = [row["reward"] for row in rows], [row["completion"] for row in rows]
+        reward = [row["reward"] for row in rows if row["reward"] is not None]
+        texts = [row["completion"] for row in rows]
         word, held = top_word([row["prompt"] for row in rows], texts)
         for row, holds in zip(rows, held, strict=True):
             row["top_word"] = word if holds else None
@@ -115,8 +117,10 @@ class HeldOut:
             "eval/length": _mean([row["length"] for row in rows]),
         }
         if guided:
-            metrics["guidance/reward_before"] = _mean([row["reward"] for row in rows if row["index"] in guided])
-            metrics["guidance/reward_after"] = _mean(list(guided.values()))
+            pairs = [(row["reward"], guided[row["index"]]) for row in rows if row["index"] in guided]
+            both = [(before, after) for before, after in pairs if before is not None and after is not None]
+            metrics["guidance/reward_before"] = _mean([before for before, _ in both])
+            metrics["guidance/reward_after"] = _mean([after for _, after in both])
         if self.judge is not None:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
@@ -124,8 +128,13 @@ class HeldOut:
         return Evaluation(metrics, rows)
 
 
+def _or_none(reward_B: Tensor) -> list[float | None]:
+    """Rewards as numbers, None where there is no reward (NaN)."""
+    return [None if math.isnan(r) else r for r in reward_B.tolist()]
+
+
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def _std(values: list[float]) -> float:

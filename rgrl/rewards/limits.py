@@ -16,6 +16,12 @@ class TimeUpError(BaseException):
     """Raised when the time is up. Not an `Exception`, so that an `except Exception` on the way does not catch it."""
 
 
+def check_thread(seconds: float) -> None:
+    """Raise `ConfigError` where `time_limit` cannot work: outside the main thread, the only one that signals reach."""
+    if seconds and threading.current_thread() is not threading.main_thread():
+        raise ConfigError("`reward.time_limit` works in the main thread only: set it to 0 to train in another")
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeUpError` in the body after `seconds`, wherever Python code or a blocking call has got to; 0: never.
@@ -24,13 +30,12 @@ def time_limit(seconds: float) -> Iterator[None]:
     process, with its modules, device memory and random state; a thread could not be ended, and another process would
     not have them. The alarm rings every second until the body gives way. What never returns to the interpreter cannot
     be interrupted: after another `GRACE` seconds a watchdog that needs no interpreter prints where it hangs and ends
-    the process with code 1. Raises `ConfigError` outside the main thread, the only one that signals reach.
+    the process with code 1. Raises `ConfigError` as `check_thread` does.
     """
     if not seconds:
         yield
         return
-    if threading.current_thread() is not threading.main_thread():
-        raise ConfigError("`reward.time_limit` works in the main thread only: set it to 0 to train in another")
+    check_thread(seconds)
     armed = True
 
     def ring(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,9 @@
 """What a completion is worth: a weighted sum of a reward model and plain Python functions."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,19 @@ from rgrl.config import Config
 from rgrl.errors import ConfigError
 from rgrl.plugins import resolve
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
-from rgrl.rewards.functions import FunctionFailedError, RewardFunction, as_rewards, call_function
+from rgrl.rewards.functions import (
+    FunctionFailedError,
+    RewardFunction,
+    as_rewards,
+    call_function,
+    columns_of,
+    misnamed,
+    parameters,
+)
+from rgrl.seeds import global_state, set_global_state
 from rgrl.types import Prompts
+
+TRIAL = ("The answer is 42.", "")  # completions that each function is tried on; a policy may write an empty one
 
 
 @dataclass
@@ -23,23 +36,72 @@ class Rewards:
     weights: dict[str, float]
     time_limit: float = 0.0  # seconds for a call of a function; 0: none
     on_error: str = "stop"
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)  # of functions, by name
+    columns: list[str] | None = None  # of the data, which functions may ask for by name; None: of each call's rows
     failures: list[tuple[str, str]] = field(default_factory=list)  # (name, what happened) of calls replaced by 0
+    unrated: Counter[str] = field(default_factory=Counter)  # completions that a function gave None
 
     def score(self, prompts: Prompts, completions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum r_B and each term, float32 on the CPU.
 
-        Raises `ConfigError` for a term that is not one finite number per completion, with the text at fault, and for a
-        function that raises or takes too long, unless `on_error` is `zero`.
+        A term is NaN where a function returned None: it gives no reward there, and the sum leaves it out. The sum is
+        NaN where every term is. Raises `ConfigError` for a term that is not one finite number or None per completion,
+        with the text at fault, and for a function that raises or takes too long, unless `on_error` is `zero`.
         """
         terms: dict[str, Tensor] = {}
         if self.model is not None:
             terms[self.model.name] = self.model.score(prompts, completions).cpu()
+            check_finite(self.model.name, terms[self.model.name], prompts, completions)
         for name, function in self.functions.items():
-            terms[name] = as_rewards(name, self._call(name, function, prompts, completions), len(completions))
-        for name, r_B in terms.items():
+            values = self._call(name, function, prompts, completions)
+            r_B, rated_B = as_rewards(name, values, len(completions))
             check_finite(name, r_B, prompts, completions)
-        total_B = torch.stack([self.weights[name] * r_B for name, r_B in terms.items()]).sum(0)
-        return total_B, terms
+            terms[name] = r_B.masked_fill(~rated_B, math.nan)
+            self.unrated[name] += int((~rated_B).sum())
+        summands = [self.weights[name] * r_B.nan_to_num(nan=0.0) for name, r_B in terms.items()]
+        rated_B = torch.stack([~r_B.isnan() for r_B in terms.values()]).any(0)
+        return torch.stack(summands).sum(0).masked_fill(~rated_B, math.nan), terms
+
+    def try_out(self, data: dict[str, Prompts]) -> list[str]:
+        """Call each function once on two completions: a bug shows before a run begins, whatever `on_error` says.
+
+        `data` are the data sets by the setting that names them, the training data first: from now on their columns are
+        those that functions may name. The global random state is put back. Returns what to warn of. Raises
+        `ConfigError`.
+        """
+        notes: list[str] = []
+        columns = {setting: columns_of(prompts.rows) for setting, prompts in data.items()}
+        self.columns = sorted(set().union(*columns.values()))
+        for name in self.settings:
+            if name not in self.functions:
+                known = ", ".join(self.functions) or "none"
+                raise ConfigError(
+                    f"`reward.settings.{name}`: no function of `reward.functions` has this name ({known})"
+                )
+        for name, function in self.functions.items():
+            own = self.settings.get(name, {})
+            for setting, there in columns.items():
+                try:
+                    parameters(name, function, there, own)
+                except ConfigError as error:
+                    raise ConfigError(f"{error} (`{setting}`)") from error
+            if (odd := misnamed(name, function, self.columns, own)) is not None:
+                notes.append(
+                    f"reward {name!r}: its parameter {odd!r} is given the rows; no column of the data has this name "
+                    f"({', '.join(self.columns)}), so call it `rows` if that is meant"
+                )
+        if not self.functions:
+            return notes
+        first = next(iter(data.values()))
+        two, state = first.take([0, min(1, len(first) - 1)]), global_state()
+        trial = Rewards(None, self.functions, self.weights, self.time_limit, "stop", self.settings, self.columns)
+        try:
+            trial.score(two, list(TRIAL))
+        except ConfigError as error:
+            raise ConfigError(f"{error}; that was a trial on two completions, {TRIAL[0]!r} and an empty one") from error
+        finally:
+            set_global_state(state)
+        return notes
 
     def take_cut(self) -> int:
         """How many texts the reward model was shown without the beginning of their prompt, since the last call."""
@@ -48,9 +110,10 @@ class Rewards:
         cut, self.model.frame.cut = self.model.frame.cut, 0
         return cut
 
-    def _call(self, name: str, function: RewardFunction, prompts: Prompts, completions: list[str]) -> list[float]:
+    def _call(self, name: str, function: RewardFunction, prompts: Prompts, completions: list[str]) -> Any:
+        own = self.settings.get(name)
         try:
-            return call_function(function, prompts, completions, self.time_limit)
+            return call_function(name, function, prompts, completions, self.time_limit, own, self.columns)
         except FunctionFailedError as failure:
             if self.on_error == "stop":
                 raise ConfigError(f"reward {name!r} {failure}", on_one_rank=True) from failure.__cause__
@@ -93,4 +156,4 @@ def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, C
         other, revision = config.guidance.path, config.guidance.revision
         same = other is None or (other == c.path and revision in (None, c.revision))
         guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length, revision)
-    return Rewards(model, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error), guide
+    return Rewards(model, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error, c.settings), guide

@@ -23,15 +23,15 @@ def rollout_metrics(
     terms: dict[str, Tensor],
     G: int,
 ) -> dict[str, float]:
-    """Rewards and lengths over all ranks. `terms` are the reward's terms by name, each r_B."""
+    """Rewards and lengths over all ranks. `terms` are the reward's terms by name, each r_B; NaN is no reward."""
     mask_BC = rollout.completion_mask_BC
     length_B = mask_BC.sum(1).float()
     clipped_B = ~is_end(rollout.completion_BC).any(1)
     all_B = accelerator.gather(reward_B.to(accelerator.device))
     lengths_B = accelerator.gather(length_B)
     metrics = {
-        "reward": all_B.mean().item(),
-        "reward_std": all_B.view(-1, G).std(1, correction=0).mean().item(),
+        "reward": all_B.nanmean().item(),
+        "reward_std": _std_in_groups(all_B.view(-1, G)),
         "frac_reward_zero_std": zero_spread(all_B, G).float().mean().item(),
         "completions/mean_length": lengths_B.mean().item(),
         "completions/min_length": lengths_B.min().item(),
@@ -40,9 +40,19 @@ def rollout_metrics(
     }
     for name, term_B in terms.items():
         everywhere_B = accelerator.gather(term_B.to(accelerator.device))
-        metrics[f"rewards/{name}/mean"] = everywhere_B.mean().item()
-        metrics[f"rewards/{name}/std"] = everywhere_B.std(correction=0).item()
+        rated_B = everywhere_B[~everywhere_B.isnan()]
+        metrics[f"rewards/{name}/mean"] = rated_B.mean().item()
+        metrics[f"rewards/{name}/std"] = rated_B.std(correction=0).item()
     return metrics
+
+
+def _std_in_groups(reward_PG: Tensor) -> float:
+    """The mean over groups of the standard deviation within, of what has a reward; NaN where nothing has."""
+    std_P = reward_PG.std(1, correction=0)
+    for p in reward_PG.isnan().any(1).nonzero()[:, 0].tolist():
+        rated_G = reward_PG[p][~reward_PG[p].isnan()]
+        std_P[p] = rated_G.std(correction=0) if len(rated_G) else float("nan")
+    return std_P.nanmean().item()
 
 
 def bridge_metrics(

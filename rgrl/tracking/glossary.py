@@ -6,6 +6,8 @@ METRICS = {
     "rewards/<name>/mean": "mean of one reward term, unweighted",
     "rewards/<name>/std": "standard deviation of that term over all rows",
     "rewards/<name>/failed": "calls of a Python reward that raised or took too long, on all ranks, evaluation included",
+    "rewards/<name>/none": "completions that a Python reward gave None, no reward, on all ranks, evaluation included; "
+    "mean and std of this term leave them out",
     "rewards/<name>/cut": "texts too long for the reward model (`reward.max_length`), which were shown without the "
     "beginning of their prompt, on all ranks, evaluation included",
     "frac_reward_zero_std": "fraction of groups whose rewards are all equal; they contribute nothing",

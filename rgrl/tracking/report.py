@@ -202,7 +202,9 @@ def _samples(ends: list[dict[int, dict[str, Any]]], count: int) -> str:
     for i in common[:count]:
         text.append(_wrap("[", f"{ends[0][i]['prompt']}]"))
         for name, rows in zip(names, ends, strict=True):
-            text.append(_wrap(f"  {name:<7}{rows[i]['reward']:>6.2f}  ", rows[i]["completion"]))
+            reward = rows[i]["reward"]
+            shown = "-" if reward is None else f"{reward:.2f}"
+            text.append(_wrap(f"  {name:<7}{shown:>6}  ", rows[i]["completion"]))
     return "\n".join(text)
 
 
