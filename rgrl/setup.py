@@ -105,9 +105,9 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
-    check_lengths(config, policy, [prompts] if eval_prompts is None else [prompts, eval_prompts])
-    rewards, guide = load_rewards(config, device)
     data_sets = {"data.path": prompts} | ({} if eval_prompts is None else {"data.eval_path": eval_prompts})
+    check_lengths(config, policy, data_sets)
+    rewards, guide = load_rewards(config, device)
     for note in rewards.try_out(data_sets):
         if accelerator.is_main_process:
             warn(note)
@@ -213,11 +213,16 @@ def take_fingerprints(
     return found | {name: model.fingerprint for name, model in models.items() if model is not None}
 
 
-def check_lengths(config: Config, policy: Policy, data_sets: list[Prompts]) -> None:
-    """Raise `ConfigError` for a prompt over `data.max_prompt_length`, or a canvas beyond the model's positions."""
-    inputs = [text for prompts in data_sets for text in prompts.inputs]
-    texts = [text for prompts in data_sets for text in prompts.texts]
-    longest = policy.encode(inputs, config.data.max_prompt_length, quoted=texts)[0].shape[1]
+def check_lengths(config: Config, policy: Policy, data_sets: dict[str, Prompts]) -> None:
+    """Raise `ConfigError` for a prompt of no tokens, one over `data.max_prompt_length`, or a canvas beyond the model's
+    positions. `data_sets` are by the setting that names them."""
+    longest = 0
+    for setting, prompts in data_sets.items():
+        path = config.data.path if setting == "data.path" else config.data.eval_path
+        encoded_BL, attention_BL = policy.encode(prompts.inputs, config.data.max_prompt_length, quoted=prompts.texts)
+        longest = max(longest, encoded_BL.shape[1])
+        if (i := policy.first_blank(prompts, attention_BL.sum(1).tolist())) is not None:
+            raise ConfigError(f"{path}: row {i} has a prompt of no tokens to this policy: {prompts.texts[i][:60]!r}")
     if longest + config.rollout.max_completion_length > policy.max_length:
         raise ConfigError(
             f"`rollout.max_completion_length` {config.rollout.max_completion_length} after a prompt of {longest} "

@@ -18,7 +18,7 @@ from rgrl.models.families import Family
 from rgrl.models.readout import Readout, read_out, token_logp
 from rgrl.models.sharding import Lockstep, shard_layers
 from rgrl.models.text import control_tokens, guarded, render, token_rows, wants_parts
-from rgrl.types import PrefixCache
+from rgrl.types import PrefixCache, Prompts
 
 
 class Policy(nn.Module):
@@ -187,6 +187,16 @@ class Policy(nn.Module):
                     f"a prompt has {len(ids)} tokens, more than `data.max_prompt_length` = {limit}: {text[:60]!r}"
                 )
         return pad_left(rows, self.device, fill=self.eos_id)
+
+    def first_blank(self, prompts: Prompts, lengths: Sequence[int]) -> int | None:
+        """The number of the first prompt whose text, template aside, has no tokens; None if all have some.
+
+        `lengths` are those of the prompts' inputs in tokens. Tokenizers drop some characters; what is left is nothing.
+        """
+        least = len(token_rows(self.tokenizer, [self.format_prompt("a")])[0])
+        short = [i for i, length in enumerate(lengths) if length <= least]  # few, so that little is tokenised twice
+        rows = token_rows(self.tokenizer, [guarded(prompts.texts[i], self._controls) for i in short])
+        return next((i for i, ids in zip(short, rows, strict=True) if not ids), None)
 
     def format_prompt(self, text: str) -> str:
         """One user turn in the model's chat format, up to where the answer begins, for `encode`.
