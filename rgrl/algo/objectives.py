@@ -1,9 +1,28 @@
-"""Losses: pure functions from `LossInputs` to `LossOutputs`, one paper each.
+'''Losses: pure functions from `LossInputs` to `LossOutputs`, one paper each.
 
 A loss is a sum and its denominator. `update_step` sums both over micro-batches and ranks before it divides, so the
 number of either changes nothing. A new objective is a plain function: wrap it in `Objective` with what it needs, and
 add it to `OBJECTIVES` or name it by dotted path.
-"""
+
+One of your own, `objective.name: "my_objective:objective"`, with a setting of its own in `objective.settings`:
+
+```python
+# my_objective.py
+from rgrl.algo.objectives import Objective
+from rgrl.types import LossOutputs, masked_mean
+
+
+def loss(inputs, config):
+    """-A times the mean log-probability of each row; a row below its group's mean counts `down` times as much."""
+    up_B, down_B = inputs.advantage_B.clamp(min=0), inputs.advantage_B.clamp(max=0)
+    weight_B = up_B + config.settings.get("down", 0.1) * down_B
+    loss_B = -weight_B * masked_mean(inputs.logp_BC, inputs.mask_BC)
+    return LossOutputs(loss_B.sum(), loss_B.new_tensor(float(len(loss_B))))
+
+
+objective = Objective(loss)
+```
+'''
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -454,21 +454,20 @@ def test_errors_are_printed_once_a_machine(case, refuse, monkeypatch, rank, loca
     [
         ("[float('nan')] * len(c)", ["reward 'f' is nan", "{prompt!r}", "completion"]),
         ("[float('inf')] * len(c)", ["reward 'f' is inf", "{prompt!r}", "completion"]),
-        ("[0.0]", ["reward 'f'", "(1,)", "4 completions"]),
-        ("0.0", ["reward 'f'", "()", "4 completions"]),
-        ("[[0.0]] * len(c)", ["reward 'f'", "(4, 1)", "4 completions"]),
-        ("[None] * len(c)", ["reward 'f'", "one number", "4 completions"]),
+        ("[0.0]", ["reward 'f'", "(1,)", "2 completions"]),
+        ("0.0", ["reward 'f'", "()", "2 completions"]),
+        ("[[0.0]] * len(c)", ["reward 'f'", "(2, 1)", "2 completions"]),
+        ("None", ["reward 'f'", "one number", "2 completions"]),
     ],
 )
-def test_bad_reward_stops_at_the_first_scoring(value, words, case, refuse):
+def test_bad_reward_stops_before_the_first_rollout(value, words, case, refuse):
     prompt = "the plot of this film"
     functions(f"def f(p, c, r): return {value}", "own_rewards:f")(case)
     data("one.txt", prompt)(case)
     case.config["data"].pop("eval_path")
-    [message] = [line for line in refuse(case) if line.startswith("error: ")]
+    [message] = refuse(case)
     assert not [word for word in words if word.format(prompt=prompt) not in message], message
-    assert not (case.output / "checkpoints").exists()
-    assert (case.output / "metrics.jsonl").read_text() == ""
+    assert message.startswith("error: ") and not case.output.exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import trials
 from accelerate import Accelerator
 from checkpoints import REPO
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,7 @@ def die_at_call(prompts, completions, rows):
     It draws from the global generators, as any user's reward may: their state is part of a checkpoint.
     """
     global _calls
-    _calls += 1
+    _calls += not trials.scored(completions)
     if f"{os.environ.get('RANK', 0)}:{_calls}" == os.environ.get("DIE_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     return [0.1 * len(text) + float(torch.rand(()) + random.random() + numpy.random.rand()) for text in completions]
@@ -51,7 +52,7 @@ def die_at_call(prompts, completions, rows):
 def leave_at_call(prompts, completions, rows):
     """A reward that asks its own process to stop, as a scheduler would, at the call that LEAVE_AT names."""
     global _calls
-    _calls += 1
+    _calls += not trials.scored(completions)
     if str(_calls) == os.environ.get("LEAVE_AT"):
         os.kill(os.getpid(), signal.SIGUSR1)
     return [0.1 * len(text) for text in completions]

@@ -200,7 +200,11 @@ def test_value_that_is_not_finite_is_an_error_that_shows_the_text(value):
     assert COMPLETIONS[3] in str(caught.value) and "'f'" in str(caught.value) and repr(TEXTS[3]) in str(caught.value)
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, None, 2.0, 3.0], None, "good"])
+NOT_FOUR = [[1.0, 2.0], None, "good", "1234", {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}, {1.0, 2.0, 3.0, 4.0}, [1j] * 4]
+NOT_FOUR += [iter(int, 1), [10**400] * 4, ["1"] * 4, torch.ones(4, 1), torch.ones(4) * 1j, 1.0, object(), [[1.0]] * 4]
+
+
+@pytest.mark.parametrize("values", NOT_FOUR, ids=range(len(NOT_FOUR)))
 def test_anything_but_one_number_per_completion_is_an_error_that_names_the_reward(values):
     rewards = Rewards(None, {"f": lambda p, c, r: values}, {"f": 1.0})
     with pytest.raises(ConfigError, match="'f'"):

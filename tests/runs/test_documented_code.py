@@ -10,11 +10,13 @@ import sys
 
 import pytest
 from accelerate import Accelerator
-from checkpoints import REPO, write_llada
-from training import changed, go, resolved, untimed
+from checkpoints import PROMPTS, REPO, write_llada
+from training import adapter, changed, go, resolved, tables, untimed
 
 from rgrl.models import families, load_policy
+from rgrl.rewards import Rewards
 from rgrl.setup import set_up
+from rgrl.types import Prompts
 
 
 def blocks(name: str) -> list[str]:
@@ -40,7 +42,8 @@ def test_the_readme_generates_guided_text(monkeypatch):
     monkeypatch.chdir(REPO)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(blocks("README.md")[0], {})
+        [code] = [block for block in blocks("README.md") if block.startswith("import rgrl\n")]
+        exec(code, {})
     texts = ast.literal_eval(printed.getvalue())
     assert len(texts) == len(set(texts)) == 4 and all(isinstance(text, str) and text for text in texts)
 
@@ -55,6 +58,59 @@ def test_reward_and_objective_by_dotted_path_train(documented, tiny, tmp_path):
     first, second = untimed(go(config, tmp_path, eval_steps=0))
     assert abs(first["kl"]) < 1e-6 < second["kl"], "the adapter starts as the base, and leaves it"
     assert first["rewards/brevity/mean"] < 0
+
+
+OWN = {  # the README's files of a user's own, and the modules whose docstrings show them too
+    "my_rewards": "rgrl.rewards.functions",
+    "my_objective": "rgrl.algo.objectives",
+    "my_estimator": "rgrl.algo.estimators",
+    "my_advantage": "rgrl.algo.advantages",
+}
+
+
+@pytest.fixture
+def readme_files(tmp_path, monkeypatch) -> None:
+    """The README's files, importable by the names in their first lines."""
+    found = {match[1]: block for block in blocks("README.md") if (match := re.match(r"# (\w+)\.py\n", block))}
+    assert list(found) == list(OWN)
+    for name, block in found.items():
+        assert f"```python\n{block}```" in importlib.import_module(OWN[name]).__doc__, "README and docstring differ"
+        (tmp_path / f"{name}.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in OWN:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield
+    for name in OWN:
+        sys.modules.pop(name, None)
+
+
+def test_the_readmes_verifier_scores_by_its_rows(readme_files):
+    exact = importlib.import_module("my_rewards").exact
+    rewards = Rewards(None, {"exact": exact}, {"exact": 2.0}, settings={"exact": {"tolerance": 0.5}})
+    prompts = Prompts(["a", "b", "c", "d"], [{"answer": a} for a in ("4", "5", "6", None)])
+    total_B, terms = rewards.score(prompts, ["it is 3, no, 4.4", "5.6", "", "7"])
+    assert total_B[:3].tolist() == [2.0, 0.0, 0.0] and total_B[3].isnan() and terms["exact"][3].isnan()
+
+
+def test_the_readmes_verifier_objective_estimator_and_advantage_train(readme_files, tiny, tmp_path):
+    rows = [{"prompt": text, "answer": str(i)} for i, text in enumerate(PROMPTS)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = str(tmp_path / "sums.jsonl")
+    names = {
+        "name": "my_objective:objective",
+        "estimator": "my_estimator:estimator",
+        "advantage": "my_advantage:ranked",
+    }
+    config = changed(
+        tiny,
+        data={"path": path, "eval_path": path},
+        reward={"functions": {"my_rewards:exact": 1.0}, "settings": {"exact": {"tolerance": 0.5}}},
+        objective={**names, "beta": 0.0, "settings": {"rate": 0.75, "down": 0.5, "scale": 2.0}},
+    )
+    output = go(config, tmp_path)
+    assert [line["rewards/exact/none"] for line in untimed(output)[1:]] == [0, 0]
+    assert {abs(row["advantage"]) for row in tables(output)["train_000001.parquet"]} == {2.0}, "the setting `scale`"
+    assert adapter(output, 1) != adapter(output, 2)
 
 
 def test_a_family_in_one_file_loads(documented, tmp_path, monkeypatch):
