@@ -94,7 +94,7 @@ def told(error: BaseException) -> str:
         place: tuple[str, int | None] | None = (error.filename, error.lineno)
     else:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_OURS, "<frozen"))]
-        own = [f for f in frames if not f.filename.startswith(_LIBRARIES)]
+        own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<"))]  # "<": made at run time
         last = own[-1] if own else None
         if last is None and frames and not isinstance(error, ImportError):
             last = frames[-1]

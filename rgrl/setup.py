@@ -24,7 +24,7 @@ from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
 from rgrl.models.readout import READOUTS, Places, Readout, token_logp
 from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
-from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_rewards
+from rgrl.rewards import ClassifierReward, Rewards, load_classifier, load_functions, load_rewards
 from rgrl.rewards.bridge import Coverage
 from rgrl.rollout import Guidance, generate
 from rgrl.rollout.guidance import Guide, guidance_at
@@ -100,23 +100,20 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     if config.data.eval_path is not None and config.run.eval_steps:
         every = load_prompts(config.data.eval_path, config.data)
         eval_prompts = every.take(list(range(min(config.data.eval_prompts, len(every)))))
+    rewards = load_functions(config.reward)
+    for note in rewards.try_out(prompts, eval_prompts):  # before anything that takes long
+        if accelerator.is_main_process:
+            warn(note)
     size = shard_size(os.environ, accelerator.num_processes)
     check_sharing(config.model, size)
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
-    data_sets = {"data.path": prompts} | ({} if eval_prompts is None else {"data.eval_path": eval_prompts})
-    check_lengths(config, policy, data_sets)
-    rewards, guide = load_rewards(config, device)
-    for note in rewards.try_out(data_sets):
-        if accelerator.is_main_process:
-            warn(note)
-    guide_model = guide if config.guidance.kind != "none" else None
-    gradient_model = None
-    if config.gradient.weight > 0:
-        gradient_model = guide if config.gradient.of == "guide" else rewards.model
-    for model in {model: None for model in (guide_model, gradient_model) if model is not None}:
-        model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
+    check_lengths(
+        config, policy, {"data.path": prompts} | ({} if eval_prompts is None else {"data.eval_path": eval_prompts})
+    )
+    rewards, guide = load_rewards(config, device, rewards)
+    guide_model, gradient_model = bind_guides(config, policy, rewards, guide)
     judge = load_judge(config.judge, device)
     for model in {model: None for model in (rewards.model, guide, judge) if model is not None}:
         model.frame.make_room(config.rollout.max_completion_length)
@@ -147,6 +144,19 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
     return run
+
+
+def bind_guides(
+    config: Config, policy: Policy, rewards: Rewards, guide: ClassifierReward | None
+) -> tuple[ClassifierReward | None, ClassifierReward | None]:
+    """Who guides rollouts, and whose gradient is a term of the update, each bound to the policy's tokens or None."""
+    guide_model = guide if config.guidance.kind != "none" else None
+    gradient_model = None
+    if config.gradient.weight > 0:
+        gradient_model = guide if config.gradient.of == "guide" else rewards.model
+    for model in {model: None for model in (guide_model, gradient_model) if model is not None}:
+        model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
+    return guide_model, gradient_model
 
 
 def load_judge(config: JudgeConfig, device: torch.device) -> ClassifierReward | None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgrl.config import Config
+from rgrl.config import Config, RewardConfig
+from rgrl.config.explain import short
 from rgrl.errors import ConfigError
 from rgrl.plugins import resolve
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
@@ -62,22 +63,16 @@ class Rewards:
         rated_B = torch.stack([~r_B.isnan() for r_B in terms.values()]).any(0)
         return torch.stack(summands).sum(0).masked_fill(~rated_B, math.nan), terms
 
-    def try_out(self, data: dict[str, Prompts]) -> list[str]:
+    def try_out(self, training: Prompts, evaluation: Prompts | None = None) -> list[str]:
         """Call each function once on two completions: a bug shows before a run begins, whatever `on_error` says.
 
-        `data` are the data sets by the setting that names them, the training data first: from now on their columns are
-        those that functions may name. The global random state is put back. Returns what to warn of. Raises
-        `ConfigError`.
+        The columns of both data sets are from now on those that functions may name. The global random state is put
+        back. Returns what to warn of. Raises `ConfigError`.
         """
+        data = {"data.path": training} | ({} if evaluation is None else {"data.eval_path": evaluation})
         notes: list[str] = []
         columns = {setting: columns_of(prompts.rows) for setting, prompts in data.items()}
         self.columns = sorted(set().union(*columns.values()))
-        for name in self.settings:
-            if name not in self.functions:
-                known = ", ".join(self.functions) or "none"
-                raise ConfigError(
-                    f"`reward.settings.{name}`: no function of `reward.functions` has this name ({known})"
-                )
         for name, function in self.functions.items():
             own = self.settings.get(name, {})
             for setting, there in columns.items():
@@ -92,8 +87,7 @@ class Rewards:
                 )
         if not self.functions:
             return notes
-        first = next(iter(data.values()))
-        two, state = first.take([0, min(1, len(first) - 1)]), global_state()
+        two, state = training.take([0, min(1, len(training) - 1)]), global_state()
         trial = Rewards(None, self.functions, self.weights, self.time_limit, "stop", self.settings, self.columns)
         try:
             trial.score(two, list(TRIAL))
@@ -134,26 +128,41 @@ def check_finite(name: str, r_B: Tensor, prompts: Prompts, completions: list[str
             )
 
 
-def load_rewards(config: Config, device: torch.device | str) -> tuple[Rewards, ClassifierReward | None]:
-    """The scorer and the guide; one set of weights where they are the same model.
-
-    The guide is None where rollouts are unguided and the update does without its gradient.
-    """
-    c = config.reward
+def load_functions(config: RewardConfig) -> Rewards:
+    """The Python functions alone, which need no device. Raises `ConfigError` for what cannot be found or called."""
+    c = config
     functions = {path.partition(":")[2] or path: resolve(path, "reward function") for path in c.functions}
     for name, function in functions.items():
         if not callable(function):
-            raise ConfigError(f"reward function {name!r} cannot be called: it is {function!r}")
+            raise ConfigError(f"reward function {name!r} cannot be called: it is {short(function)}")
     if len(functions) < len(c.functions) or c.name in functions:
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
+    if odd := [name for name in c.settings if name not in functions]:
+        known = ", ".join(functions) or "none"
+        raise ConfigError(
+            f"`reward.settings.{odd[0]}`: no function of `reward.functions` has this name; known: {known}"
+        )
     weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}
-    model = None
+    return Rewards(None, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error, c.settings)
+
+
+def load_rewards(
+    config: Config, device: torch.device | str, rewards: Rewards | None = None
+) -> tuple[Rewards, ClassifierReward | None]:
+    """The scorer and the guide; one set of weights where they are the same model.
+
+    The scorer is `rewards` with its model, where the functions are loaded already. The guide is None where rollouts are
+    unguided and the update does without its gradient.
+    """
+    c, rewards = config.reward, rewards if rewards is not None else load_functions(config.reward)
     if c.path is not None:
-        model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length, c.revision)
+        rewards.model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length, c.revision)
     guide = None
     g = config.gradient
     if config.guidance.kind != "none" or (g.weight > 0 and g.of == "guide"):
         other, revision = config.guidance.path, config.guidance.revision
         same = other is None or (other == c.path and revision in (None, c.revision))
-        guide = model if same else load_classifier(str(other), device, c.dtype, None, "guide", c.max_length, revision)
-    return Rewards(model, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error, c.settings), guide
+        guide = rewards.model
+        if not same:
+            guide = load_classifier(str(other), device, c.dtype, None, "guide", c.max_length, revision)
+    return rewards, guide
