@@ -62,7 +62,7 @@ def kind_of(hint: Any) -> str:
         return f"mapping of {kind_of(arguments[0])} to {kind_of(arguments[1])}"
     if arguments:  # a type or None
         return f"{kind_of(arguments[0])} or null"
-    return {int: "whole number", float: "number", bool: "true | false", str: "text"}[hint]
+    return {int: "whole number", float: "number", bool: "true | false", str: "text", Any: "anything"}[hint]
 
 
 def json_schema() -> dict[str, Any]:

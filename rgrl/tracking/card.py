@@ -71,9 +71,18 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items():
             if value == defaults.get(section, {}).get(name) or _LEFT_OUT & {section, f"{section}.{name}"}:
                 continue
-            path = isinstance(value, str) and (name in _PATHS or value.startswith(("/", "~", ".")))
-            found.setdefault(section, {})[name] = public_name(value) if path else value
+            found.setdefault(section, {})[name] = _public(name, value)
     return found
+
+
+def _public(name: str, value: Any) -> Any:
+    """A setting with nothing private in the paths that it holds."""
+    if isinstance(value, dict):
+        return {key: _public(key, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_public("", each) for each in value]
+    path = isinstance(value, str) and (name in _PATHS or value.startswith(("/", "~", ".")))
+    return public_name(value) if path else value
 
 
 def _origins(facts: Facts) -> dict[str, str]:

@@ -27,6 +27,7 @@ from rgrl.config import (
     RolloutConfig,
     RunConfig,
     TrackingConfig,
+    as_yaml,
     check,
     load_config,
     to_dict,
@@ -89,6 +90,10 @@ FILES = [
     ("lora: {targets: []}", ["`lora.targets` is empty"]),
     ("reward: {path: c, functions: [a]}", ["`reward.functions` must be a mapping"]),
     ("reward: {path: c, functions: {a: b}}", ["`reward.functions.a` must be a number, not 'b'"]),
+    ("reward: {path: c, settings: {f: 3}}", ["`reward.settings.f` must be a mapping, not '3'"]),
+    ("objective: {settings: [a]}", ["`objective.settings` must be a mapping"]),
+    ("objective: {settings: {a: 010}}", ["`objective.settings.a` must be a number in plain decimal", "'010'"]),
+    ("objective: {settings: {a: [.nan]}}", ["`objective.settings.a` must be", "or text in quotes"]),
     ("reward: {path: {a: b}}", ["`reward.path` must be text"]),
     ("guidance: {kind: null}", ["`guidance.kind` must be one of none, expectation, aps, entrgi, not 'null'"]),
     ("guidance: {kind: EntRGi}", ["`guidance.kind` must be one of"]),
@@ -214,6 +219,25 @@ def refused(monkeypatch, capfd, tmp_path):
         return err
 
     return call
+
+
+def test_settings_of_ones_own_code_are_read_as_yaml_means_them_and_written_so(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        NEEDED + "objective:\n  settings: {a: 1, b: 1e-4, c: '5', d: true, e: no, f: [x, null, -.5], g: {h: .inf}, "
+        "i: '1e-4', j: '~', k: '1:30', l: 'inf', m: 2026-11-25, n: '.nan', o: 'yes', p: ' 7'}"
+    )
+    own = ["--reward.settings.f.scale", "3", "--reward.settings.f.mode", "fast", "--reward.settings.g", "{x: [1]}"]
+    config = load_config(path, [*own, "--objective.settings.a", "2.5"])
+    assert config.reward.settings == {"f": {"scale": 3, "mode": "fast"}, "g": {"x": [1]}}
+    listed = {"f": ["x", None, -0.5], "g": {"h": math.inf}, "i": "1e-4", "j": "~", "k": "1:30", "l": "inf"}
+    first = {"a": 2.5, "b": 1e-4, "c": "5", "d": True, "e": False}
+    last = {"m": "2026-11-25", "n": ".nan", "o": "yes", "p": " 7"}
+    assert config.objective.settings == first | listed | last
+    path.write_text(as_yaml(config))
+    assert load_config(path) == config
+    with pytest.raises(ConfigError, match=r"`objective.settings.a` must be true or false, a number"):
+        ObjectiveConfig(settings={"a": object})
 
 
 @pytest.mark.parametrize(("text", "words"), FILES, ids=[text[:40] for text, _ in FILES])
