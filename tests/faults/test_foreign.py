@@ -611,7 +611,7 @@ def count():
     return calls
 
 def leave(prompts, completions, rows):
-    if count() == 4:
+    if count() == 5:  # after the trial, two evaluations and a step
         sys.exit(0)
     return [float(len(text)) for text in completions]
 
@@ -644,8 +644,9 @@ def test_a_reward_that_forks_mutates_and_moves_changes_nothing(trained, tmp_path
 
 
 @pytest.mark.slow
-def test_a_reward_that_exits_ends_the_run_as_one_that_raises(trained, tmp_path):
+def test_a_reward_that_exits_ends_the_run_as_one_that_raises(trained, tmp_path, monkeypatch):
     module(tmp_path, DEEDS)
+    monkeypatch.chdir(tmp_path)
     config = changed(trained, reward={"functions": {"own:leave": 1.0}})
     printed = finish(start(TRAIN, "--config", write(config, tmp_path)), 2)
     [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
