@@ -116,15 +116,14 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
     if entry and origin is not dict:
         raise ConfigError(f"--{key}: `{name}` is a value, not a section")
     if entry:
-        scalar: Any = Null(text) if text in _NULLS else Plain(text)
         inner = typing.get_args(kinds[name])[1]
+        value: Any = parse(text, f"--{key}") if inner is Any or typing.get_origin(inner) is dict else text
+        known = node.get(name) if isinstance(node.get(name), dict) else {}
         first, _, rest = entry.partition(".")
         if typing.get_origin(inner) is dict and rest:
-            known = node.get(name)
-            below = known.get(first) if isinstance(known, dict) else None
-            entry, scalar = first, (below if isinstance(below, dict) else {}) | {rest: scalar}
-        known = node.get(name)
-        node[name] = (known if isinstance(known, dict) else {}) | {entry: scalar}
+            below = known.get(first)
+            entry, value = first, (below if isinstance(below, dict) else {}) | {rest: value}
+        node[name] = known | {entry: value}
     elif origin in (list, dict):
         node[name] = parse(text, f"--{key}")
     else:
