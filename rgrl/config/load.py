@@ -118,7 +118,8 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
     if entry:
         inner = typing.get_args(kinds[name])[1]
         value: Any = parse(text, f"--{key}") if inner is Any or typing.get_origin(inner) is dict else text
-        known = node.get(name) if isinstance(node.get(name), dict) else {}
+        found = node.get(name)
+        known: dict[str, Any] = found if isinstance(found, dict) else {}
         first, _, rest = entry.partition(".")
         if typing.get_origin(inner) is dict and rest:
             below = known.get(first)
