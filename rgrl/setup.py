@@ -109,9 +109,7 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
-    check_lengths(
-        config, policy, {"data.path": prompts} | ({} if eval_prompts is None else {"data.eval_path": eval_prompts})
-    )
+    check_lengths(config, policy, prompts, eval_prompts)
     rewards, guide = load_rewards(config, device, rewards)
     guide_model, gradient_model = bind_guides(config, policy, rewards, guide)
     judge = load_judge(config.judge, device)
@@ -223,12 +221,13 @@ def take_fingerprints(
     return found | {name: model.fingerprint for name, model in models.items() if model is not None}
 
 
-def check_lengths(config: Config, policy: Policy, data_sets: dict[str, Prompts]) -> None:
+def check_lengths(config: Config, policy: Policy, training: Prompts, evaluation: Prompts | None) -> None:
     """Raise `ConfigError` for a prompt of no tokens, one over `data.max_prompt_length`, or a canvas beyond the model's
-    positions. `data_sets` are by the setting that names them."""
+    positions."""
     longest = 0
-    for setting, prompts in data_sets.items():
-        path = config.data.path if setting == "data.path" else config.data.eval_path
+    for path, prompts in ((config.data.path, training), (config.data.eval_path, evaluation)):
+        if prompts is None:
+            continue
         encoded_BL, attention_BL = policy.encode(prompts.inputs, config.data.max_prompt_length, quoted=prompts.texts)
         longest = max(longest, encoded_BL.shape[1])
         if (i := policy.first_blank(prompts, attention_BL.sum(1).tolist())) is not None:
