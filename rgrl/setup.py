@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from rgrl.algo import Algorithm, resolve_algorithm
+from rgrl.algo.reward_gradient import surprise
 from rgrl.checkpoint import code_commit, other_base, start_fingerprint
 from rgrl.config import Config, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
 from rgrl.console import warn
@@ -110,8 +111,9 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     prompts = prompts.formatted(policy.format_prompt)
     eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
     check_lengths(config, policy, prompts, eval_prompts)
-    rewards, guide = load_rewards(config, device, rewards)
-    guide_model, gradient_model = bind_guides(config, policy, rewards, guide)
+    rewards, guide = load_rewards(config, device, rewards, "row_gradients" in algorithm.needs)
+    guide_model, gradient_model = bind_guides(config, policy, algorithm, rewards, guide)
+    readouts |= reward_readouts(config, algorithm, gradient_model)
     judge = load_judge(config.judge, device)
     for model in {model: None for model in (rewards.model, guide, judge) if model is not None}:
         model.frame.make_room(config.rollout.max_completion_length)
@@ -145,12 +147,12 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
 
 
 def bind_guides(
-    config: Config, policy: Policy, rewards: Rewards, guide: ClassifierReward | None
+    config: Config, policy: Policy, algorithm: Algorithm, rewards: Rewards, guide: ClassifierReward | None
 ) -> tuple[ClassifierReward | None, ClassifierReward | None]:
     """Who guides rollouts, and whose gradient is a term of the update, each bound to the policy's tokens or None."""
     guide_model = guide if config.guidance.kind != "none" else None
     gradient_model = None
-    if config.gradient.weight > 0:
+    if config.gradient.weight > 0 or "row_gradients" in algorithm.needs:
         gradient_model = guide if config.gradient.of == "guide" else rewards.model
     for model in {model: None for model in (guide_model, gradient_model) if model is not None}:
         model.bind(policy.tokenizer, policy.vocab_size, config.reward.bridge, policy.end_ids)
@@ -247,5 +249,21 @@ def resolve_readouts(config: Config, algorithm: Algorithm) -> dict[str, Readout]
         return sampled_logp(places.logits_NV, places.token_N, r.temperature, r.top_k, r.top_p)
 
     logp = sampler_logp if algorithm.estimator.as_sampled else token_logp
-    asked = {name: resolve(name, "readout", READOUTS) for name in algorithm.objective.readouts}
-    return {"logp": logp, **asked}
+    names = [name for name in algorithm.objective.readouts if name != "surprise"]
+    return {"logp": logp} | {name: resolve(name, "readout", READOUTS) for name in names}
+
+
+def reward_readouts(
+    config: Config, algorithm: Algorithm, gradient_model: ClassifierReward | None
+) -> dict[str, Readout]:
+    """Those that need the reward model's embeddings."""
+    if "surprise" not in algorithm.objective.readouts or gradient_model is None:
+        return {}
+    table_VD = gradient_model.embedding_VD
+    assert table_VD is not None
+
+    def surprise_of(places: Places) -> torch.Tensor:
+        g_ND = places.given["gradient_ND"]
+        return surprise(places.logits_NV, places.token_N, g_ND, table_VD, config.rollout)
+
+    return {"surprise": surprise_of}

@@ -18,16 +18,20 @@ from rgrl.algo.estimators import ValuesFn
 from rgrl.algo.learning_rate import learning_rate
 from rgrl.algo.reward_gradient import (
     MEANS_OVER,
+    Expansion,
     Measured,
     State,
     came_true,
+    centred,
     draw_steps,
     expand,
     expected_text,
     first_order,
     kl_by_row,
+    mean_of_others,
     state_before,
     term_sums,
+    text_gradients,
     text_tokens,
 )
 from rgrl.config import Config, GuidanceConfig
@@ -153,6 +157,16 @@ def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, cloc
 
 
 @dataclass
+class Push:
+    """One state of the term, with what its loss is made of, as far as it is known before the policy's forward pass."""
+
+    state: State
+    reference: dict[str, Tensor]  # the base's final hidden states there, for the KL; empty without it
+    found: Expansion | None = None
+    g_ND: Tensor | None = None  # what the expected embeddings move along
+
+
+@dataclass
 class Batch:
     """What all updates on one rollout share. Lists have an entry for each micro-batch; None or empty: not needed."""
 
@@ -164,9 +178,18 @@ class Batch:
     old: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) before the first update
     reference: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) of the frozen base
     reference_states: list[list[Tensor]] = field(default_factory=list)  # its final hidden states (NH), by canvas
+    old_states: list[list[Tensor]] = field(default_factory=list)  # the same of the policy before the first update
+    row_gradient_BCD: Tensor | None = None  # of the reward, the mean over the other completions of the group
     guide: Guide | None = None  # the reward whose gradient is a term of the update
     step_UKB: Tensor | None = None  # the denoising steps of that term, for each update
+    kept: list[Push] = field(default_factory=list)  # of its first update, if the others use them again
     measured: list[Measured] = field(default_factory=list)  # of its last update, if this step is to measure it
+
+    @property
+    def the_guide(self) -> Guide:
+        """The guide, where something of the update needs it."""
+        assert self.guide is not None
+        return self.guide
 
 
 def prepare(run: Run, scored: Scored, step: int) -> Batch:
@@ -176,10 +199,11 @@ def prepare(run: Run, scored: Scored, step: int) -> Batch:
     size = B // config.run.gradient_accumulation_steps
     micro = [slice(i, i + size) for i in range(0, B, size)]
     batch = Batch(rollout, scored.advantage_B, micro, old=[None] * len(micro), reference=[None] * len(micro))
-    batch.reference_states = [[] for _ in micro]
+    batch.reference_states, batch.old_states = [[] for _ in micro], [[] for _ in micro]
     rows = global_rows(run.accelerator, B)
-    if config.gradient.weight > 0:
+    if run.gradient_model is not None:
         batch.guide = run.reward_of_embeddings(scored.prompts)
+    if config.gradient.weight > 0:
         seeds = generators(config.run.seed, step, rows, "states")
         batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.objective.iterations)
     if config.objective.weight == 0:
@@ -187,6 +211,8 @@ def prepare(run: Run, scored: Scored, step: int) -> Batch:
     seeds = generators(config.run.seed, step, rows, "noise")
     batch.noise = run.algorithm.estimator.draw(rollout, config.objective, seeds)
     batch.correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
+    if "row_gradients" in needs:
+        batch.row_gradient_BCD = row_gradients(run, batch)
     if {"ref", "reference_states"} & needs:
         with torch.no_grad(), run.policy.forward_passes(), run.policy.reference():
             for m, states in enumerate(batch.reference_states):
@@ -209,12 +235,31 @@ def reference_values(run: Run, states: list[Tensor]) -> ValuesFn:
     return values
 
 
-def trained_values(run: Run, states: list[Tensor]) -> ValuesFn:
-    """All readouts on each canvas, with gradient. `states` are the reference's, by canvas."""
+def row_gradients(run: Run, batch: Batch) -> Tensor:
+    """What the objective asks for as `row_gradients`: mean_BCD of the other completions, in units of the reward."""
+    number_B = torch.arange(len(batch.advantage_B), device=run.policy.device)
+    found = [
+        text_gradients(batch.the_guide, batch.rollout.rows(rows), number_B[rows], run.policy.is_end)
+        for rows in batch.micro
+    ]
+    return run.gradient_weight * mean_of_others(torch.cat(found), run.config.rollout.num_generations)
+
+
+def trained_values(run: Run, batch: Batch, m: int) -> ValuesFn:
+    """All readouts on each canvas of micro-batch m, with gradient."""
+    reference, old, gradient_BCD = batch.reference_states[m], batch.old_states[m], batch.row_gradient_BCD
 
     def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
-        given = {"reference_NH": states[k]} if states else {}
-        return run.policy.read_out(canvas_BL, attention_BL, at_BL, token_N, run.readouts, given)
+        states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
+        given = {"reference_NH": reference[k]} if reference else {}
+        if "old_states" in run.algorithm.needs:
+            if len(old) == k:  # nothing has moved yet, so these are the old ones
+                old.append(states_NH.detach())
+            given["old_NH"] = old[k]
+        if gradient_BCD is not None:
+            given["gradient_ND"] = gradient_BCD[batch.micro[m]][at_BL[:, -gradient_BCD.shape[1] :]]
+        vocab_size = run.policy.vocab_size
+        return read_out(run.policy.project, states_NH, token_N, run.readouts, given, vocab_size=vocab_size)
 
     return values
 
@@ -255,7 +300,7 @@ def objective_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Ter
     policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
     for m, rows in enumerate(batch.micro):
         with policy.forward_passes(key_B[rows]):
-            values = estimate(run, batch, m, trained_values(run, batch.reference_states[m]))
+            values = estimate(run, batch, m, trained_values(run, batch, m))
         if "old" in algorithm.needs and iteration == 0:  # nothing has moved yet, so these are the old ones
             batch.old[m] = values["logp"].detach()
         inputs = LossInputs(
@@ -282,36 +327,62 @@ def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> T
     """The reward's own gradient (rgrl/algo/reward_gradient.py), at each state that was drawn for this update: a forward
     pass of the base, the policy and the reward model, and a backward pass, over each micro-batch."""
     config, policy, term = run.config.gradient, run.policy, Term(run.config.gradient.weight, over=MEANS_OVER)
-    guide, states = batch.guide, reward_states(run, batch, iteration)
-    assert guide is not None
     key_B = dropout_keys(run, batch, step, f"gradient dropout {iteration}")
-    given = [reference_given(run, state) for state in states]
+    pushes = batch.kept if batch.kept else reward_pushes(run, batch, iteration, key_B)
     policy.train()
-    for state, reference in zip(states, given, strict=True):
+    for push in pushes:
+        state = push.state
         with policy.forward_passes(key_B[state.rows_B.cpu()]):
-            values = read_state(run, guide, state, reference)
-        found = expand(guide, state, values, config.blend)
-        loss_sum = -run.gradient_weight * first_order(found.g_ND, values["soft"])
-        if reference:
+            values = read_state(run, batch, state, push.reference)
+        if push.found is None:
+            push.found = expand(batch.the_guide, state, values, config.blend)
+            push.g_ND = push.found.g_ND
+            if config.centre == "row":
+                push.g_ND = centred(push.g_ND, push.found.soft_N, state)
+        assert push.g_ND is not None
+        loss_sum = -run.gradient_weight * first_order(push.g_ND, values["soft"])
+        if push.reference:
             loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
         policy.backward(loss_sum / config.draws)
-        term.add({"loss": loss_sum / config.draws, **term_sums(found, values, state, config.draws)})
+        term.add({"loss": loss_sum / config.draws, **term_sums(push.found, values, state, config.draws)})
         if measures(run.config, step, iteration):
-            batch.measured.append(Measured(state, found, values["soft"].detach(), key_B[state.rows_B.cpu()]))
+            batch.measured.append(Measured(state, push.found, values["soft"].detach(), key_B[state.rows_B.cpu()]))
     policy.eval()
+    batch.kept = pushes if config.reuse else []
     term.gradient = take_gradient(list(adapter_parameters(policy).values()))
     return term
+
+
+def reward_pushes(run: Run, batch: Batch, iteration: int, key_B: Tensor) -> list[Push]:
+    """The states of an update. With `gradient.centre: batch` they are expanded here, before any is learned from."""
+    pushes = [Push(state, reference_given(run, state)) for state in reward_states(run, batch, iteration)]
+    if run.config.gradient.centre != "batch":
+        return pushes
+    total = torch.zeros(batch.the_guide.embedding_VD.shape[1] + 1, device=run.policy.device)
+    run.policy.train()
+    for push in pushes:
+        with torch.no_grad(), run.policy.forward_passes(key_B[push.state.rows_B.cpu()]):
+            values = read_state(run, batch, push.state, {})
+        push.found = expand(batch.the_guide, push.state, values, run.config.gradient.blend)
+        total += torch.cat([push.found.g_ND.float().sum(0), push.found.soft_N.sum()[None]])
+    *_, count = total = reduce_sum(run.accelerator, total)
+    for push in pushes:
+        assert push.found is not None
+        direction_D = (total[:-1] / count.clamp(min=1.0)).to(push.found.g_ND.dtype)
+        direction_BD = direction_D.expand(len(push.state.rows_B), -1)
+        push.g_ND = centred(push.found.g_ND, push.found.soft_N, push.state, direction_BD)
+    return pushes
 
 
 def reward_states(run: Run, batch: Batch, iteration: int) -> list[State]:
     """The states of an update: of each micro-batch as many as `gradient.draws` says."""
     config, states = run.config, []
-    assert batch.guide is not None and batch.step_UKB is not None
+    assert batch.step_UKB is not None
     block = config.rollout.block_length if config.gradient.places == "block" else 0
     number_B = torch.arange(len(batch.advantage_B), device=run.policy.device)
     for step_B, rows in itertools.product(batch.step_UKB[iteration], batch.micro):
         some = batch.rollout.rows(rows), number_B[rows], step_B[rows]
-        states.append(state_before(*some, batch.guide, run.policy.is_end, block))
+        states.append(state_before(*some, batch.the_guide, run.policy.is_end, block))
     return states
 
 
@@ -324,9 +395,10 @@ def reference_given(run: Run, state: State) -> dict[str, Tensor]:
         return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
 
 
-def read_state(run: Run, guide: Guide, state: State, reference: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_state(run: Run, batch: Batch, state: State, reference: dict[str, Tensor]) -> dict[str, Tensor]:
     """`expected_text` at the asked places, and the KL to the `reference` if it is given."""
-    policy, text_V = run.policy, text_tokens(guide, run.policy.is_end)
+    policy, guide = run.policy, batch.the_guide
+    text_V = text_tokens(guide, policy.is_end)
 
     def text(places: Places) -> dict[str, Tensor]:
         return expected_text(places.logits_NV, places.token_N, guide.embedding_VD, text_V, run.config.rollout)
@@ -347,13 +419,12 @@ def measures(config: Config, step: int, iteration: int) -> bool:
 @torch.no_grad()
 def what_came_true(run: Run, batch: Batch) -> dict[str, float]:
     """The change of the reward that the last update promised to first order, and the one that came true, a row."""
-    assert batch.guide is not None
     sums = []
     run.policy.train()
     for measured in batch.measured:
         with run.policy.forward_passes(measured.dropout_key_B):
-            values = read_state(run, batch.guide, measured.state, {})
-        sums.append(torch.stack(came_true(batch.guide, measured, values)))
+            values = read_state(run, batch, measured.state, {})
+        sums.append(torch.stack(came_true(batch.the_guide, measured, values)))
     run.policy.eval()
     rows = torch.tensor([float(len(batch.advantage_B) * run.config.gradient.draws)], device=run.policy.device)
     *both, rows = reduce_sum(run.accelerator, torch.cat([torch.stack(sums).sum(0).float(), rows])).tolist()

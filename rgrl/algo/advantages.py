@@ -82,6 +82,14 @@ def reward_weighted(reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor
     return _silence(G * (_groups(reward_B, G) / config.weight_temperature).softmax(1), reward_B, G)
 
 
+def tilted(reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor:
+    """A = G softmax(r / beta) - 1 within the group, beta = `config.weight_temperature`: a tilt minus its baseline.
+
+    For the objectives `dmpo` and `tilt_matching`.
+    """
+    return _silence(G * (_groups(reward_B, G) / config.weight_temperature).softmax(1) - 1, reward_B, G)
+
+
 def wd1(reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor:
     """A = G (softmax(psi a) - softmax(-psi a)) of the centred reward a, psi = 1 / `config.weight_temperature`.
 
@@ -100,5 +108,6 @@ ADVANTAGES: dict[str, Advantage] = {
     "zscore": zscore,
     "leave_one_out": leave_one_out,
     "reward_weighted": reward_weighted,
+    "tilted": tilted,
     "wd1": wd1,
 }

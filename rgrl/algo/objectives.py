@@ -39,9 +39,11 @@ class Objective:
     """A loss, what it needs, and what it can be combined with. An empty set of names allows all.
 
     `needs`, of which only what is named is computed: `old` and `ref` log-probabilities, `behaviour` (the importance
-    weights), `reference_states` (for readouts that compare with the base, such as `kl_to_reference`).
+    weights), `reference_states` (for readouts that compare with the base, such as `kl_to_reference`), `old_states` (the
+    same of the policy before the first update), `row_gradients` (of the reward, of the other completions of the group).
     `readouts`: names of per-token values beside the log-probability (`rgrl.models.readout.READOUTS` or dotted paths),
-    for losses over the whole vocabulary. `in_groups`: it compares the completions of one prompt.
+    for losses over the whole vocabulary. `in_groups`: it compares the completions of one prompt. `on_trajectory`: it is
+    right only for tokens drawn by the very sampler that it evaluates, which `algorithm.py` makes sure of.
     """
 
     loss: Callable[[LossInputs, ObjectiveConfig], LossOutputs]
@@ -50,6 +52,7 @@ class Objective:
     advantages: frozenset[str] = field(default_factory=frozenset)
     readouts: tuple[str, ...] = ()
     in_groups: bool = True
+    on_trajectory: bool = False
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -104,6 +107,46 @@ def grpo(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
         out.metrics[name] = torch.where(mask, value.float(), 0.0).sum()
     out.samples["ratio"] = ratio.detach()[mask]
     return out
+
+
+def hybrid(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """-(A - c h) l - c sum_i <g_i, e_i> for each row: the policy gradient with the reward's gradient as its control.
+
+    l is the exact log-probability of the trajectory, g_i the mean gradient of the reward over the *other* rows of the
+    group at place i, e_i the expected embedding under the sampler where the token was drawn, and h = sum_i <g_i,
+    E[x_i] - e_i> (the readout `surprise`). The mean of h grad l is that of sum_i <g_i, grad e_i>, so the two cancel in
+    the mean, whatever c = `config.control` is, and the noise with them as far as the reward is linear. Ours, after
+    MuProp (arXiv 1511.05176).
+    """
+    c, h_B = config.control, _row_sum(inputs.readouts["surprise"], inputs)
+    policy_B = (inputs.advantage_B - c * h_B.detach()) * _row_sum(inputs.logp_BC, inputs)
+    # The gradient of -h is that of sum_i <g_i, e_i>.
+    return _by_row(-_corrected(inputs)[:, 0] * (policy_B - c * h_B), inputs, config)
+
+
+def gdsd(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """((l - l_old) / C - psi A)^2 for each row, with psi = 1 / `config.weight_temperature` (GDSD, arXiv 2605.29398).
+
+    l is the row's sum, C the completion length: the policy is pulled to where its log-ratio is the advantage's tilt.
+    """
+    assert inputs.old_logp_BC is not None
+    gap_B = _row_sum(inputs.logp_BC - inputs.old_logp_BC, inputs) / inputs.mask_BC.shape[1]
+    target_B = inputs.advantage_B / config.weight_temperature
+    return _by_row(_corrected(inputs)[:, 0] * (gap_B - target_B).square(), inputs, config)
+
+
+def tilt_matching(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
+    """-(w - c) mean l + c mean H for each row, w the weights G softmax(r / beta) of the group, c = `config.control`.
+
+    H_i is the cross-entropy of the policy with the one before the first update, over the whole vocabulary, where l_i is
+    evaluated: what the first part is in the mean without a reward. Taking out c of one and adding it back as the other
+    leaves the target, the old policy tilted by exp(r / beta) at every state, and takes its noise away (Discrete Tilt
+    Matching, arXiv 2604.18739, as we understand it). The advantage is w - 1.
+    """
+    c, weight_B = config.control, inputs.advantage_B + 1 - config.control
+    cross_B = _row_mean(inputs.readouts["cross_entropy_to_old"], inputs)
+    mean_B = _row_mean(_corrected(inputs) * inputs.logp_BC, inputs)
+    return _by_row(c * cross_B - weight_B * mean_B, inputs, config)
 
 
 def _corrected(inputs: LossInputs) -> Tensor:
@@ -168,4 +211,22 @@ OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(grpo, _BEHAVIOUR | {"old"}),
     # -sum A_j bound_j |y_j| / sum |y_j|; the estimator gives the bound for each sign of A (arXiv 2510.09541).
     "spg": Objective(reinforce, _BEHAVIOUR, frozenset({"block_bounds"})),
+    # Weights minus their baseline (DMPO, arXiv 2510.08233).
+    "dmpo": Objective(weighted, _BEHAVIOUR, advantages=frozenset({"tilted"})),
+    "gdsd": Objective(gdsd, _BEHAVIOUR | {"old"}),
+    "tilt_matching": Objective(
+        tilt_matching,
+        _BEHAVIOUR | {"old_states"},
+        frozenset({"one_step", "elbo", "coupled", "quadrature", "sequence_elbo"}),
+        frozenset({"tilted"}),
+        ("cross_entropy_to_old",),
+    ),
+    "hybrid": Objective(
+        hybrid,
+        _BEHAVIOUR | {"row_gradients"},
+        frozenset({"trajectory"}),
+        frozenset({"leave_one_out"}),
+        ("surprise",),
+        on_trajectory=True,
+    ),
 }

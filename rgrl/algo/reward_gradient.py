@@ -139,22 +139,43 @@ def expected_text(
         kept_NK &= text_V if support.token_NK is None else text_V[support.token_NK]
         all_tokens = torch.arange(logits_NV.shape[1], device=logits_NV.device)
         token_NK = all_tokens if support.token_NK is None else support.token_NK
-        some_N = kept_NK.any(1)
         values = {
             "inside": ((token_NK == token_N[:, None]) & kept_NK).any(1),
-            "some": some_N,
+            "some": kept_NK.any(1),
             "entropy_weight": normalised_entropy(plain_NV, logits_NV.shape[1]),
         }
-    phi_NK = logits_NV if support.token_NK is None else logits_NV.gather(1, support.token_NK)
-    # Without a candidate any distribution will do: nothing of it is used, and its gradient must not be NaN.
-    cut_NK = ~kept_NK & some_N[:, None]
-    phi_NK = torch.where(some_N[:, None], phi_NK / sampler.temperature, 0.0).masked_fill(cut_NK, float("-inf"))
-    p_NK = (phi_NK.softmax(1) * some_N[:, None]).to(embedding_VD.dtype)
-    if support.token_NK is None:
-        return values | {"soft": p_NK @ embedding_VD}
+    return values | {"soft": expected_embedding(logits_NV, support.token_NK, kept_NK, embedding_VD, sampler)}
+
+
+def expected_embedding(
+    logits_NV: Tensor, token_NK: Tensor | None, kept_NK: Tensor, embedding_VD: Tensor, sampler: RolloutConfig
+) -> Tensor:
+    """soft_ND under softmax(logits / temperature) over the kept ones (bool) of K tokens (None: all), with gradient.
+
+    0 where none is kept.
+    """
+    some_N1 = kept_NK.any(1, keepdim=True)
+    phi_NK = logits_NV if token_NK is None else logits_NV.gather(1, token_NK)
+    # Where none is kept any distribution will do: nothing of it is used, and its gradient must not be NaN.
+    phi_NK = torch.where(some_N1, phi_NK / sampler.temperature, 0.0).masked_fill(~kept_NK & some_N1, float("-inf"))
+    p_NK = (phi_NK.softmax(1) * some_N1).to(embedding_VD.dtype)
+    if token_NK is None:
+        return p_NK @ embedding_VD
     # No N x K x D is made.
     bag = torch.nn.functional.embedding_bag
-    return values | {"soft": bag(support.token_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")}
+    return bag(token_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")
+
+
+def surprise(logits_NV: Tensor, token_N: Tensor, g_ND: Tensor, embedding_VD: Tensor, sampler: RolloutConfig) -> Tensor:
+    """h_N = <g, E[token] - e>, float32 or wider, with e expected under the sampler's own distribution, end tokens too.
+
+    Its mean over tokens drawn from that distribution is 0.
+    """
+    with torch.no_grad():
+        support = support_of(logits_NV.detach(), sampler.temperature, sampler.top_k, sampler.top_p)
+        kept_NK = support.logp_NK > float("-inf")
+    soft_ND = expected_embedding(logits_NV, support.token_NK, kept_NK, embedding_VD, sampler)
+    return (g_ND * (embedding_VD[token_N] - soft_ND)).sum(1, dtype=torch.promote_types(g_ND.dtype, torch.float32))
 
 
 # ------------------------------------------------------------------------------------------------------ gradient
@@ -208,6 +229,44 @@ def kl_by_row(kl_N: Tensor, state: State) -> Tensor:
     """kl_B: the sum over each row's asked places, divided by its tokens up to and including the first end token."""
     kl_BC = kl_N.new_zeros(state.asked_BC.shape).masked_scatter(state.asked_BC, kl_N)
     return kl_BC.sum(1) / state.rollout.completion_mask_BC.sum(1).clamp(min=1)
+
+
+def centred(g_ND: Tensor, soft_N: Tensor, state: State, direction_BD: Tensor | None = None) -> Tensor:
+    """g_ND without a common direction: `direction_BD` of each row, or (None) the mean over the row's soft places.
+
+    What is left says where a token is worth more than elsewhere. Other places stay 0.
+    """
+    row_N = state.asked_BC.nonzero()[:, 0]
+    if direction_BD is None:
+        among_NB = (
+            soft_N[:, None] & (row_N[:, None] == torch.arange(len(state.asked_BC), device=row_N.device))
+        ).float()
+        direction_BD = among_NB.T.to(g_ND.dtype) @ g_ND / among_NB.sum(0).clamp(min=1)[:, None].to(g_ND.dtype)
+    return torch.where(soft_N[:, None], g_ND - direction_BD[row_N], 0.0)
+
+
+def text_gradients(guide: Guide, rollout: Rollout, rows_B: Tensor, is_end: Callable[[Tensor], Tensor]) -> Tensor:
+    """g_BCD: the gradient of the reward of each completion with respect to the embeddings of its text; 0 elsewhere.
+
+    Places whose gradient is not finite are 0 too.
+    """
+    token_BC = rollout.completion_BC
+    shown_BC = shown_to_reward(token_BC, is_end, guide.attend_eos, guide.unseen_V)
+    at_N = (shown_BC & ~is_end(token_BC)).flatten().nonzero()[:, 0]
+    known_BCD = guide.embedding_VD[token_BC]
+    hidden = Hidden(token_BC, at_N, rows_B)
+    found = reward_gradient(guide, known_BCD.flatten(0, 1)[at_N], known_BCD, hidden, shown_BC)
+    g_ND = torch.where(found.finite_N[:, None], found.g_ND, 0.0)
+    return torch.zeros_like(known_BCD).flatten(0, 1).index_put((at_N,), g_ND).view_as(known_BCD)
+
+
+def mean_of_others(g_BCD: Tensor, G: int) -> Tensor:
+    """At each place the mean gradient of those other completions of the group that have one; 0 where none has."""
+    g_PGCD = g_BCD.unflatten(0, (-1, G))
+    has_PGC1 = (g_PGCD != 0).any(-1, keepdim=True).to(g_PGCD.dtype)
+    others_PGCD, count_PGC1 = (x.sum(1, keepdim=True) - x for x in (g_PGCD, has_PGC1))
+    mean_PGCD = torch.where(count_PGC1 > 0, others_PGCD / count_PGC1.clamp(min=1), 0.0)
+    return mean_PGCD.flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- metrics

@@ -268,7 +268,8 @@ class ObjectiveConfig:
     """Weight of the objective's gradient, beside that of `gradient.weight`. 0 leaves the objective out, with its KL
     (`beta`) and all its forward passes."""
     name: Text = "reinforce"
-    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, or a dotted path `package.module:attribute`."""
+    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, `dmpo`, `gdsd`, `tilt_matching`, `hybrid`, or a
+    dotted path `package.module:attribute`. `rgrl/algo/objectives.py` says what each one is."""
     estimator: Text = "one_step"
     """Log-probability estimator: `one_step`, `elbo`, `coupled`, `quadrature`, `sequence_elbo`, `trajectory`,
     `trajectory_sampled`, `block_bounds`, or a dotted path. `rgrl/algo/estimators.py` says what each one is."""
@@ -285,9 +286,11 @@ class ObjectiveConfig:
     upper_share: Annotated[Number, Ge(0), Le(1)] = 0.5
     """`block_bounds`: weight of the upper bound where the advantage is not positive, 0 ... 1. SPG paper: 0.5."""
     advantage: Text = "zscore"
-    """`centred`, `zscore`, `leave_one_out`, `reward_weighted`, `wd1`, or a dotted path."""
+    """`centred`, `zscore`, `leave_one_out`, `reward_weighted`, `tilted`, `wd1`, or a dotted path."""
     weight_temperature: Annotated[Number, Gt(0)] = 1.0
-    """`reward_weighted`: beta, `wd1`: 1 / psi, in units of the reward."""
+    """`reward_weighted`, `tilted`: beta, `wd1`: 1 / psi, in units of the reward; `gdsd`: 1 / psi, of the advantage."""
+    control: Annotated[Number, Ge(0), Le(1)] = 1.0
+    """`hybrid`, `tilt_matching`: weight of the control variate, 0 ... 1; 0 does without."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Importance weights for tokens sampled under guidance, from c = (probability under the policy) / (under the guided
     sampler): `none` is 1, `truncate` min(c, correction_max), `mask` c where correction_min <= c <= correction_max, else
@@ -346,6 +349,13 @@ class GradientConfig:
     places: Literal["all", "block"] = "all"
     """Which hidden places are asked about: all that the canvas hides at that step, or only those of the block that was
     being written. The reward is shown the rest of the completion as it was written."""
+    centre: Literal["none", "row", "batch"] = "none"
+    """What is subtracted from each gradient: nothing, the mean over its row's places, or that over all places of the
+    step. The reward's gradient is much the same direction in every context; what is left says where a token is worth
+    more than elsewhere. `batch` costs one more forward pass of the policy."""
+    reuse: Flag = False
+    """Approximation: all updates on a rollout use the states and the gradients of the first, which saves the passes of
+    the base and of the reward model."""
     measure_steps: Annotated[Whole, Ge(0), Le(MANY)] = 10
     """Number of steps between measurements of how much of the reward that an update promises to first order comes
     true, by one more forward pass. 0: never."""

@@ -52,13 +52,15 @@ def kl_to_reference(places: Places) -> Tensor:
     return (logp_NV.exp() * (logp_NV - reference_NV)).sum(-1)
 
 
-def expected_embedding(embedding_VD: Tensor, temperature: float = 1.0) -> Readout:
-    """The readout e_ND = softmax(logits / temperature) @ embedding_VD, as a reward's gradient in the weights needs."""
+def cross_entropy_to_old(places: Places) -> Tensor:
+    """H_N = -sum_v q_v log p_v, nats, untempered, of the policy p with the one before the first update, q.
 
-    def readout(places: Places) -> Tensor:
-        return (places.logits_NV / temperature).softmax(-1).to(embedding_VD.dtype) @ embedding_VD
-
-    return readout
+    q is projected without gradient from its final hidden states `given["old_NH"]`. The mask column contributes 0. An
+    objective that uses this needs `old_states`.
+    """
+    with torch.no_grad():
+        old_NV = finite_log_softmax(places.project(places.given["old_NH"])).exp_()
+    return -(old_NV * finite_log_softmax(places.logits_NV)).sum(-1)
 
 
 def finite_log_softmax(logits_NV: Tensor) -> Tensor:
@@ -73,6 +75,7 @@ READOUTS: dict[str, Readout] = {
     "token_logp": token_logp,
     "entropy": entropy,
     "kl_to_reference": kl_to_reference,
+    "cross_entropy_to_old": cross_entropy_to_old,
 }
 
 

@@ -147,19 +147,19 @@ def load_functions(config: RewardConfig) -> Rewards:
 
 
 def load_rewards(
-    config: Config, device: torch.device | str, rewards: Rewards | None = None
+    config: Config, device: torch.device | str, rewards: Rewards | None = None, gradients: bool = False
 ) -> tuple[Rewards, ClassifierReward | None]:
     """The scorer and the guide; one set of weights where they are the same model.
 
     The scorer is `rewards` with its model, where the functions are loaded already. The guide is None where rollouts are
-    unguided and the update does without its gradient.
+    unguided and the update does without its gradient. `gradients`: the objective needs one, whatever `gradient.weight` is.
     """
     c, rewards = config.reward, rewards if rewards is not None else load_functions(config.reward)
     if c.path is not None:
         rewards.model = load_classifier(c.path, device, c.dtype, c.adapter, c.name, c.max_length, c.revision)
     guide = None
     g = config.gradient
-    if config.guidance.kind != "none" or (g.weight > 0 and g.of == "guide"):
+    if config.guidance.kind != "none" or (g.of == "guide" and (gradients or g.weight > 0)):
         other, revision = config.guidance.path, config.guidance.revision
         same = other is None or (other == c.path and revision in (None, c.revision))
         guide = rewards.model

@@ -38,6 +38,7 @@ def loss_inputs(logp_BC=None, ref=False, old=True, correction=True, by_sequence=
         old_logp_BC=old_BC if old else None,
         ref_logp_BC=ref_BC if ref else None,
         correction_BC=correction_BC if correction else None,
+        readouts={"cross_entropy_to_old": torch.rand(4, 5, generator=rng).to(dtype), "surprise": new_BC.tanh()},
     )
 
 
@@ -66,7 +67,9 @@ def by_hand(name, x, config):
     def clipped(rho, A):
         return -min(rho * A, min(max(rho, 1 - config.epsilon_low), 1 + config.epsilon_high) * A)
 
-    by_row = name in ("likelihood", "weighted", "wd1") or (name == "grpo" and config.level == "sequence")
+    by_row = name in ("likelihood", "weighted", "wd1", "dmpo", "gdsd", "tilt_matching", "hybrid") or (
+        name == "grpo" and config.level == "sequence"
+    )
     total, tokens = 0.0, 0
     for b in range(4):
         length, A, value, kl = int(x.mask_BC[b].sum()), x.advantage_B[b].item(), 0.0, 0.0
@@ -74,14 +77,25 @@ def by_hand(name, x, config):
         for i in range(length):
             if name == "likelihood":
                 value += -new[i] / length
-            elif name == "weighted":
+            elif name in ("weighted", "dmpo"):
                 value += -A * c[i] * new[i] / length
+            elif name == "tilt_matching":  # with c = config.control
+                cross = x.readouts["cross_entropy_to_old"][b, i].item()
+                value += (config.control * cross - (A + 1 - config.control) * c[i] * new[i]) / length
+            elif name in ("gdsd", "hybrid"):
+                pass
             elif name == "grpo" and config.level == "token":
                 value += c[i] * clipped(math.exp(new[i] - old[i]), A)
             elif name != "grpo":
                 value += -A * c[i] * new[i]
         if name == "grpo" and config.level == "sequence":
             value = c[0] * clipped(math.exp(sum(new[i] - old[i] for i in range(length)) / length), A)
+        if name == "gdsd":
+            gap = sum(new[i] - old[i] for i in range(length)) / 5
+            value = c[0] * (gap - A / config.weight_temperature) ** 2
+        if name == "hybrid":
+            h = x.readouts["surprise"][b, :length].sum().item()
+            value = -c[0] * ((A - config.control * h) * sum(new[:length]) - config.control * h)
         if x.ref_logp_BC is not None:
             d = [x.ref_logp_BC[b, i].item() - new[i] for i in range(length)]
             if x.by_sequence:
@@ -95,7 +109,9 @@ def by_hand(name, x, config):
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize(("name", "level"), CASES)
 def test_loss_equals_the_formula(name, level, beta):
-    config = ObjectiveConfig(beta=beta, epsilon_low=0.1, epsilon_high=0.3, level=level)
+    config = ObjectiveConfig(
+        beta=beta, epsilon_low=0.1, epsilon_high=0.3, level=level, control=0.6, weight_temperature=0.7
+    )
     x = loss_inputs(ref=beta > 0, by_sequence=level == "sequence")
     out = OBJECTIVES[name].loss(x, config)
     total, denominator = by_hand(name, x, config)
@@ -108,7 +124,8 @@ def test_loss_equals_the_formula(name, level, beta):
 def test_the_kl_over_the_whole_vocabulary_takes_the_place_of_k3(name, level):
     config = ObjectiveConfig(beta=0.3, level=level, kl="full")
     kl_BC = torch.rand(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    x = replace(loss_inputs(by_sequence=level == "sequence"), readouts={"kl_to_reference": kl_BC})
+    x = loss_inputs(by_sequence=level == "sequence")
+    x = replace(x, readouts={**x.readouts, "kl_to_reference": kl_BC})
     out, without = OBJECTIVES[name].loss(x, config), OBJECTIVES[name].loss(x, replace(config, beta=0.0))
     by_row = without.denominator == 4
     kl = sum((kl_BC[b, :n].mean() if by_row else kl_BC[b, :n].sum()).item() for b, n in enumerate((5, 3, 1, 4)))
@@ -121,7 +138,7 @@ def test_objective_needs_only_what_it_declares(name):
     needs_old, needs_behaviour = "old" in OBJECTIVES[name].needs, "behaviour" in OBJECTIVES[name].needs
     out = OBJECTIVES[name].loss(loss_inputs(old=needs_old, correction=needs_behaviour), ObjectiveConfig())
     assert torch.isfinite(out.loss_sum)
-    assert needs_old == (name == "grpo") and needs_behaviour == (name != "likelihood")
+    assert needs_old == (name in ("grpo", "gdsd")) and needs_behaviour == (name != "likelihood")
     # And it does use what it declares.
     if needs_behaviour:
         assert out.loss_sum != OBJECTIVES[name].loss(loss_inputs(correction=False), ObjectiveConfig()).loss_sum
@@ -141,10 +158,11 @@ def test_pieces_of_a_batch_add_up_to_the_whole(name):
     # What makes one process with 8 micro-batches the same as 8 processes with one.
     objective, config, x = OBJECTIVES[name], ObjectiveConfig(beta=0.1), loss_inputs(ref=True)
     whole = objective.loss(x, config)
-    pieces = [
-        objective.loss(LossInputs(**{k: v[rows] for k, v in vars(x).items() if torch.is_tensor(v)}), config)
-        for rows in (slice(0, 1), slice(1, 4))
-    ]
+    pieces = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        tensors = {k: v[rows] for k, v in vars(x).items() if torch.is_tensor(v)}
+        readouts = {k: v[rows] for k, v in x.readouts.items()}
+        pieces.append(objective.loss(LossInputs(**tensors, readouts=readouts), config))
     assert sum(p.loss_sum for p in pieces).item() == pytest.approx(whole.loss_sum.item())
     assert sum(p.denominator for p in pieces) == whole.denominator
     for key, value in whole.metrics.items():

@@ -4,7 +4,9 @@ import bench
 import pytest
 import torch
 
-from rgrl.models.readout import READOUTS, expected_embedding, read_out
+from rgrl.algo.reward_gradient import expected_text
+from rgrl.config import RolloutConfig
+from rgrl.models.readout import READOUTS, read_out
 from rgrl.rollout.sampling import sampled_logp
 
 V, H, D, MASK = 300_000, 8, 5, 7  # so many tokens that a chunk holds six places
@@ -14,7 +16,7 @@ N = 20
 @pytest.fixture(scope="module")
 def case() -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    shapes = {"head_VH": (V, H), "states_NH": (N, H), "reference_NH": (N, H), "table_VD": (V, D)}
+    shapes = {"head_VH": (V, H), "states_NH": (N, H), "reference_NH": (N, H), "old_NH": (N, H), "table_VD": (V, D)}
     made = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     return made | {"token_N": torch.randint(8, V, (N,), generator=rng), "other_N": torch.randn(N, generator=rng)}
 
@@ -39,12 +41,19 @@ def slow(case, states_NH) -> dict[str, torch.Tensor]:
         "token_logp": logp_NV.gather(1, column_N1)[:, 0],
         "entropy": -(logp_NV.exp() * logp_NV).sum(-1),
         "kl_to_reference": (logp_NV.exp() * (logp_NV - reference_NV)).sum(-1),
+        "cross_entropy_to_old": -((case["old_NH"] @ case["head_VH"].T)[:, possible].softmax(-1) * logp_NV).sum(-1),
         "embedding": (logits_NV / 0.7).softmax(-1) @ case["table_VD"][possible],
     }
 
 
 def readouts(case):
-    return READOUTS | {"embedding": expected_embedding(case["table_VD"], temperature=0.7)}
+    everything_V, sampler = torch.ones(V, dtype=torch.bool), RolloutConfig(temperature=0.7, top_k=0, top_p=1.0)
+
+    def text(places):  # several values by their own names
+        found = expected_text(places.logits_NV, places.token_N, case["table_VD"], everything_V, sampler)
+        return {"embedding": found["soft"]}
+
+    return READOUTS | {"text": text}
 
 
 @pytest.mark.parametrize("places", [N, 3])  # in several chunks, and in one
@@ -57,7 +66,7 @@ def test_values_and_gradients_are_those_of_whole_logits(case, places):
             states,
             case["token_N"],
             readouts(case),
-            {"reference_NH": case["reference_NH"]},
+            {name: case[name] for name in ("reference_NH", "old_NH")},
             vocab_size=V,
         ),
         lambda states: slow(case, states),
@@ -69,7 +78,7 @@ def test_values_and_gradients_are_those_of_whole_logits(case, places):
             weights = case["other_N"].view(-1, *[1] * (value.ndim - 1))
             (gradients[name],) = torch.autograd.grad((weights * value).sum(), states_NH, retain_graph=True)
         results.append((values, gradients))
-    assert results[0][0].keys() == results[1][0].keys() == readouts(case).keys()
+    assert results[0][0].keys() == results[1][0].keys() == {*READOUTS, "embedding"}
     for fast, exact in zip(*results, strict=True):
         for name, value in fast.items():
             assert value.isfinite().all() and value.abs().max() > 1e-4
@@ -80,7 +89,7 @@ def test_values_and_gradients_are_those_of_whole_logits(case, places):
 
 def test_a_reference_that_is_the_policy_is_no_distance_away(case):
     states_NH = case["states_NH"].clone().requires_grad_()
-    given = {"reference_NH": case["states_NH"]}
+    given = {"reference_NH": case["states_NH"], "old_NH": case["old_NH"]}
     kl_N = read_out(project(case), states_NH, case["token_N"], READOUTS, given, vocab_size=V)["kl_to_reference"]
     (g_NH,) = torch.autograd.grad(kl_N.sum(), states_NH)
     assert kl_N.abs().max() < 1e-5 and g_NH.abs().max() < 1e-4
@@ -104,7 +113,7 @@ def test_a_users_readout_gets_its_own_inputs_chunk_by_chunk(case):
 
 def test_no_tensor_of_all_places_and_tokens_is_made(case):
     states_NH = case["states_NH"].repeat(4, 1).requires_grad_()
-    given = {"reference_NH": case["reference_NH"].repeat(4, 1)}
+    given = {name: case[name].repeat(4, 1) for name in ("reference_NH", "old_NH")}
 
     def update():
         tokens_N = case["token_N"].repeat(4)

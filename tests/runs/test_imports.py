@@ -18,6 +18,7 @@ LAYERS = [
     {"evaluation", "export"},
     {"setup"},
     {"step", "header"},
+    {"trial"},
     {"trainer"},
     {"doctor"},
     {"cli"},
