@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from types import NoneType
 from typing import Any
 
 from rgrl.config import Config, to_dict
@@ -52,14 +53,13 @@ class History:
             kept = [Measured(**one) for one in saved["kept"]]
             history = History(**(saved | {"kept": kept}))
             counts = [history.count, *(one.step for one in kept)]
-            numbers = [
-                x for one in kept for x in [*one.values.values(), *(y for part in one.parts.values() for y in part)]
-            ]
+            numbers = [x for one in kept for x in one.values.values()]
+            parts = [x for one in kept for part in one.parts.values() for x in part]
             words = [history.basis, *(one.word or "" for one in kept)]
-            fits = all(one.parts.keys() == one.values.keys() >= {"reward"} for one in kept)
+            fits = all(one.parts.keys() >= one.values.keys() | {"reward"} for one in kept)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"is no memory of evaluations ({type(error).__name__})") from error
-        kinds = ((counts, int), (numbers, (int, float)), (words, str))
+        kinds = ((counts, int), (numbers, (int, float)), (parts, (int, float, NoneType)), (words, str))
         if not fits or not all(isinstance(x, kind) for values, kind in kinds for x in values):
             raise ValueError("is no memory of evaluations")
         return history

@@ -152,7 +152,7 @@ def load_rewards(
     """The scorer and the guide; one set of weights where they are the same model.
 
     The scorer is `rewards` with its model, where the functions are loaded already. The guide is None where rollouts are
-    unguided and the update does without its gradient. `gradients`: the objective needs one, whatever `gradient.weight` is.
+    unguided and the update does without its gradient. `gradients`: the objective needs one, whatever `gradient.weight`.
     """
     c, rewards = config.reward, rewards if rewards is not None else load_functions(config.reward)
     if c.path is not None:
