@@ -23,6 +23,7 @@ from rgrl.algo.reward_gradient import (
     State,
     came_true,
     centred,
+    distance_to_guided,
     draw_steps,
     expand,
     expected_text,
@@ -333,18 +334,16 @@ def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> T
     for push in pushes:
         state = push.state
         with policy.forward_passes(key_B[state.rows_B.cpu()]):
-            values = read_state(run, batch, state, push.reference)
+            states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+        values = read_text(run, batch, state, states_NH, push.reference if config.loss == "first_order" else {})
         if push.found is None:
             push.found = expand(batch.the_guide, state, values, config.blend)
             push.g_ND = push.found.g_ND
             if config.centre == "row":
                 push.g_ND = centred(push.g_ND, push.found.soft_N, state)
-        assert push.g_ND is not None
-        loss_sum = -run.gradient_weight * first_order(push.g_ND, values["soft"])
-        if push.reference:
-            loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
-        policy.backward(loss_sum / config.draws)
-        term.add({"loss": loss_sum / config.draws, **term_sums(push.found, values, state, config.draws)})
+        loss_sum = reward_loss(run, batch, push, states_NH, values) / config.draws
+        policy.backward(loss_sum)
+        term.add({"loss": loss_sum, **term_sums(push.found, values, state, config.draws)})
         if measures(run.config, step, iteration):
             batch.measured.append(Measured(state, push.found, values["soft"].detach(), key_B[state.rows_B.cpu()]))
     policy.eval()
@@ -361,8 +360,7 @@ def reward_pushes(run: Run, batch: Batch, iteration: int, key_B: Tensor) -> list
     total = torch.zeros(batch.the_guide.embedding_VD.shape[1] + 1, device=run.policy.device)
     run.policy.train()
     for push in pushes:
-        with torch.no_grad(), run.policy.forward_passes(key_B[push.state.rows_B.cpu()]):
-            values = read_state(run, batch, push.state, {})
+        values = text_without_gradient(run, batch, push.state, key_B[push.state.rows_B.cpu()])
         push.found = expand(batch.the_guide, push.state, values, run.config.gradient.blend)
         total += torch.cat([push.found.g_ND.float().sum(0), push.found.soft_N.sum()[None]])
     *_, count = total = reduce_sum(run.accelerator, total)
@@ -395,10 +393,11 @@ def reference_given(run: Run, state: State) -> dict[str, Tensor]:
         return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
 
 
-def read_state(run: Run, batch: Batch, state: State, reference: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_text(
+    run: Run, batch: Batch, state: State, states_NH: Tensor, reference: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """`expected_text` at the asked places, and the KL to the `reference` if it is given."""
-    policy, guide = run.policy, batch.the_guide
-    text_V = text_tokens(guide, policy.is_end)
+    guide, text_V = batch.the_guide, text_tokens(batch.the_guide, run.policy.is_end)
 
     def text(places: Places) -> dict[str, Tensor]:
         return expected_text(places.logits_NV, places.token_N, guide.embedding_VD, text_V, run.config.rollout)
@@ -406,8 +405,43 @@ def read_state(run: Run, batch: Batch, state: State, reference: dict[str, Tensor
     readouts: dict[str, Readout] = {"text": text}
     if reference:
         readouts["kl_to_reference"] = kl_to_reference
-    canvas = state.canvas(policy.mask_id), state.rollout.attention_BL, state.at_BL, state.token_N
-    return policy.read_out(*canvas, readouts, reference)
+    vocab_size = run.policy.vocab_size
+    return read_out(run.policy.project, states_NH, state.token_N, readouts, reference, vocab_size=vocab_size)
+
+
+@torch.no_grad()
+def text_without_gradient(run: Run, batch: Batch, state: State, dropout_key_B: Tensor) -> dict[str, Tensor]:
+    """`expected_text` at the asked places, by a forward pass of its own."""
+    policy = run.policy
+    with policy.forward_passes(dropout_key_B):
+        states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+    return read_text(run, batch, state, states_NH, {})
+
+
+def reward_loss(run: Run, batch: Batch, push: Push, states_NH: Tensor, values: dict[str, Tensor]) -> Tensor:
+    """The term's loss, summed over rows; adds its KL to the base to `values`."""
+    config, guide, state = run.config.gradient, batch.the_guide, push.state
+    assert push.g_ND is not None
+    g_ND = run.gradient_weight * push.g_ND
+    if config.loss == "first_order":
+        loss_sum = -first_order(g_ND, values["soft"])
+    else:
+        text_V, tau = text_tokens(guide, run.policy.is_end), run.config.rollout.temperature
+
+        def distance(places: Places) -> Tensor:
+            g_nD = places.given["g_ND"]
+            return distance_to_guided(places.logits_NV, g_nD, guide.embedding_VD, text_V, tau, config)
+
+        readouts: dict[str, Readout] = {"distance": distance}
+        if push.reference:
+            readouts["kl_to_reference"] = kl_to_reference
+        given, vocab_size = {"g_ND": g_ND, **push.reference}, run.policy.vocab_size
+        found = read_out(run.policy.project, states_NH, state.token_N, readouts, given, vocab_size=vocab_size)
+        loss_sum = kl_by_row(found.pop("distance"), state).sum()
+        values |= found
+    if push.reference:
+        loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
+    return loss_sum
 
 
 def measures(config: Config, step: int, iteration: int) -> bool:
@@ -422,8 +456,7 @@ def what_came_true(run: Run, batch: Batch) -> dict[str, float]:
     sums = []
     run.policy.train()
     for measured in batch.measured:
-        with run.policy.forward_passes(measured.dropout_key_B):
-            values = read_state(run, batch, measured.state, {})
+        values = text_without_gradient(run, batch, measured.state, measured.dropout_key_B)
         sums.append(torch.stack(came_true(batch.the_guide, measured, values)))
     run.policy.eval()
     rows = torch.tensor([float(len(batch.advantage_B) * run.config.gradient.draws)], device=run.policy.device)

@@ -10,6 +10,8 @@ the policy's logits there:
 
     loss = -mean_rows sum_i <g_i, e_i> + kl mean_rows (sum_i KL_i / tokens of the row)
 
+or, instead of the first sum, the KL to what a step of guidance along g_i would make of the logits (`distil`).
+
 The first sum is the reward to first order, of all candidates at once, where a policy gradient sees one token a place
 and one number a row. Its gradient is exact as a policy gradient only for writing all of the places at once, under a
 reward that adds up over places. End tokens, and others that the text drops, are no candidates: their embedding says
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from rgrl.config import GradientConfig, RolloutConfig
 from rgrl.rollout.guidance import Guide, Hidden, normalised_entropy, reward_gradient, shown_to_reward
-from rgrl.rollout.sampling import support_of
+from rgrl.rollout.sampling import finite_log_softmax, support_of
 from rgrl.rollout.schedule import write_schedule
 from rgrl.types import Rollout
 
@@ -164,6 +166,26 @@ def expected_embedding(
     # No N x K x D is made.
     bag = torch.nn.functional.embedding_bag
     return bag(token_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")
+
+
+def distance_to_guided(
+    logits_NV: Tensor, g_ND: Tensor, embedding_VD: Tensor, text_V: Tensor, tau: float, config: GradientConfig
+) -> Tensor:
+    """KL_N(q || p), nats, of p = softmax(logits / tau) with q = softmax((logits + delta) / tau), a constant.
+
+    delta is one step of guidance on the logits of `text_V`, along d = p (<g, E> - its mean) / tau, the gradient of the
+    reward: eta d (`distil`) or eta d / (|d| + 1e-8), the first step of Adam (`distil_adam`). It is 0 where guidance
+    does nothing, and so is the gradient. Impossible tokens stay impossible.
+    """
+    with torch.no_grad():
+        own_NV = logits_NV.detach()
+        p_NV = (own_NV / tau).softmax(-1)
+        value_NV = (g_ND @ embedding_VD.T).to(p_NV.dtype)
+        d_NV = p_NV * (value_NV - (p_NV * value_NV).sum(-1, keepdim=True)) / tau
+        if config.loss == "distil_adam":
+            d_NV /= d_NV.abs() + 1e-8
+        guided_NV = finite_log_softmax((own_NV + config.eta * d_NV * text_V) / tau)
+    return (guided_NV.exp() * (guided_NV - finite_log_softmax(logits_NV / tau))).sum(-1)
 
 
 def surprise(logits_NV: Tensor, token_N: Tensor, g_ND: Tensor, embedding_VD: Tensor, sampler: RolloutConfig) -> Tensor:

@@ -338,6 +338,12 @@ class GradientConfig:
     kl: Annotated[Number, Ge(0), Le(1e6)] = 1.0
     """Weight of the KL(policy || frozen base) over the whole vocabulary (untempered), within the term: its sum over the
     same hidden places, divided by the completion's tokens. 0: the base is not evaluated."""
+    loss: Literal["first_order", "distil", "distil_adam"] = "first_order"
+    """`first_order`: the reward to first order rises. The guided sampler distilled: the KL, of the sum over places by
+    the completion's tokens, to what one step of guidance of size `eta` makes of the logits, along the gradient
+    (`distil`) or as Adam's first step makes it, nearly eta everywhere (`distil_adam`, as `guidance.steps: 1` does)."""
+    eta: Annotated[Number, Gt(0), Le(1e6)] = 0.5
+    """`distil`, `distil_adam`: step size on the logits."""
     blend: Literal["entrgi", "expectation", "aps"] = "entrgi"
     """At what the reward's gradient is taken, as in `guidance.kind`: between the expected embedding and that of the
     completion's token by the policy's entropy w (`entrgi`), the expected one (w = 0), or the token's (w = 1)."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rgrl.rollout.sampling import finite_log_softmax
+
 
 @dataclass(frozen=True)
 class Places:
@@ -61,14 +63,6 @@ def cross_entropy_to_old(places: Places) -> Tensor:
     with torch.no_grad():
         old_NV = finite_log_softmax(places.project(places.given["old_NH"])).exp_()
     return -(old_NV * finite_log_softmax(places.logits_NV)).sum(-1)
-
-
-def finite_log_softmax(logits_NV: Tensor) -> Tensor:
-    """Log-probabilities with the impossible tokens (logit -inf) at a finite -1e4, whose probability is exactly 0.
-
-    So products of probability and log-probability, and their gradients, hold no 0 x inf.
-    """
-    return logits_NV.log_softmax(-1).clamp(min=-1e4)
 
 
 READOUTS: dict[str, Readout] = {

@@ -65,6 +65,14 @@ class Support:
         return Support(self.logp_NK, token_NV if self.token_NK is None else token_NV.gather(1, self.token_NK))
 
 
+def finite_log_softmax(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities with the impossible tokens (logit -inf) at a finite -1e4, whose probability is exactly 0.
+
+    So products of probability and log-probability, and their gradients, hold no 0 x inf.
+    """
+    return logits_NV.log_softmax(-1).clamp(min=-1e4)
+
+
 def draw_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform numbers strictly inside (0, 1), so that logarithms and quantiles stay finite."""
     return torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-7, 1 - 1e-6)

@@ -103,11 +103,11 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
     "sections",
     [
         {"objective": {"name": "likelihood"}, "gradient": {"weight": 0.0}},
-        {"objective": {"name": "reinforce", "kl": "k3"}, "gradient": {"kl": 0.0, "blend": "aps"}},
+        {"objective": {"name": "tilt_matching", "advantage": "tilted"}, "gradient": {"loss": "distil", "blend": "aps"}},
         # The reward's gradient alone, of two states a row, in blocks.
         {
             "objective": {"weight": 0.0},
-            "gradient": {"draws": 2, "places": "block"},
+            "gradient": {"draws": 2, "places": "block", "centre": "batch"},
             "rollout": {"block_length": 6, "steps": 12},
             "guidance": {"kind": "none"},
         },

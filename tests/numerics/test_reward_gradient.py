@@ -11,6 +11,8 @@ from toys import END, MASK, WORDS, Toy, V, random_guide, roll_out, rollout_of
 from rgrl.algo.reward_gradient import (
     Measured,
     came_true,
+    centred,
+    distance_to_guided,
     draw_steps,
     expand,
     expected_text,
@@ -263,6 +265,57 @@ def test_gradients_that_are_not_finite_are_left_out_and_counted():
     assert found.broken == 1 and (found.g_ND[n] == 0).all() and found.g_ND.isfinite().all()
     assert (found.g_ND[found.soft_N] != 0).any(1).sum() == found.soft_N.sum() - 1
     assert term_sums(found, values, at, 1)["gradient/broken"] == 1
+
+
+@pytest.mark.parametrize("loss", ["distil", "distil_adam"])
+def test_distilling_the_guided_sampler_by_loops_and_nothing_where_it_does_nothing(loss):
+    config, table_VD, tau = GradientConfig(loss=loss, eta=0.7), guide().embedding_VD, 0.8
+    text_V = text_tokens(guide(), lambda ids: ids == END)
+    rng = torch.Generator().manual_seed(0)
+    logits_NV, g_ND = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((6, V), (6, D)))
+    logits_NV[:, MASK] = -math.inf
+
+    def distance(leaf_NV, g_ND):
+        return distance_to_guided(leaf_NV, g_ND, table_VD, text_V, tau, config)
+
+    leaf_NV = logits_NV.clone().requires_grad_()
+    for n, fast in enumerate(distance(leaf_NV, g_ND)):
+        x = [logits_NV[n, v].item() / tau for v in range(4)]
+        p = [math.exp(y) / sum(map(math.exp, x)) for y in x]
+        worth = [(g_ND[n] * table_VD[v]).sum().item() for v in range(4)]
+        mean = sum(a * b for a, b in zip(p, worth, strict=True))
+        d = [p[v] * (worth[v] - mean) / tau for v in range(4)]
+        if loss == "distil_adam":
+            d = [y / (abs(y) + 1e-8) for y in d]
+        moved = [x[v] + (0.7 * d[v] / tau if v != END else 0.0) for v in range(4)]
+        q = [math.exp(y) / sum(map(math.exp, moved)) for y in moved]
+        assert fast.item() == pytest.approx(sum(a * math.log(a / b) for a, b in zip(q, p, strict=True)))
+    (g_NV,) = torch.autograd.grad(distance(leaf_NV, g_ND).sum(), leaf_NV)
+    assert g_NV.abs().max() > 1e-2 and (g_NV[:, MASK] == 0).all()
+    (none_NV,) = torch.autograd.grad(distance(leaf_NV, 0 * g_ND).sum(), leaf_NV)
+    assert none_NV.abs().max() < 1e-15 and (distance(logits_NV, 0 * g_ND) == 0).all()
+    # With the scale held, the gradient goes to 0 as guidance does, in proportion.
+    sizes = []
+    for eta in (1e-3, 1e-4):
+        small = dataclasses.replace(config, eta=eta)
+        value_N = distance_to_guided(leaf_NV, g_ND, table_VD, text_V, tau, small)
+        sizes.append(torch.autograd.grad(value_N.sum(), leaf_NV)[0].norm().item())
+    assert sizes[0] / sizes[1] == pytest.approx(10, rel=1e-2)
+
+
+def test_centring_takes_out_what_the_gradients_of_a_row_share():
+    toy, at = Toy(PROMPT + C, seed=1), state(0)
+    found = expand(guide(), at, read(toy, at), "entrgi")
+    row_N = at.asked_BC.nonzero()[:, 0]
+    fast = centred(found.g_ND, found.soft_N, at)
+    for b in range(len(ROWS)):
+        mine = found.soft_N & (row_N == b)
+        if mine.any():
+            torch.testing.assert_close(fast[mine], found.g_ND[mine] - found.g_ND[mine].mean(0))
+    assert (fast[~found.soft_N] == 0).all() and fast.abs().max() > 1e-3
+    direction_BD = torch.arange(5.0, dtype=torch.float64)[:, None].expand(5, D)
+    given = centred(found.g_ND, found.soft_N, at, direction_BD)
+    torch.testing.assert_close(given[found.soft_N], (found.g_ND - direction_BD[row_N])[found.soft_N])
 
 
 # --------------------------------------------------------------------------------------------------------- states

@@ -81,6 +81,42 @@ def test_both_terms_add_up_with_their_weights(tiny, tmp_path):
     assert metrics["loss"] == pytest.approx((0.2 * losses[0] + 0.7 * losses[1]).item(), abs=1e-6)
 
 
+SECTIONS = {
+    "centred by row": {"gradient": {"centre": "row"}},
+    "centred by batch": {"gradient": {"centre": "batch"}},
+    "distilled": {"gradient": {"loss": "distil_adam"}},
+    "of the guide": {"gradient": {"of": "guide"}},
+    "dmpo": {"objective": {"name": "dmpo", "advantage": "tilted"}},
+    "gdsd": {"objective": {"name": "gdsd", "advantage": "centred"}},
+    "tilt_matching": {"objective": {"name": "tilt_matching", "advantage": "tilted", "kl": "full"}},
+    "hybrid": {
+        "objective": {"name": "hybrid", "estimator": "trajectory", "advantage": "leave_one_out", "iterations": 1},
+        "guidance": {"kind": "none"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_each_way_trains(tiny, tmp_path, name):
+    term = {"gradient": {"weight": 1.0}} if "gradient" in SECTIONS[name] else {}
+    tiny = changed(changed(tiny, objective={"iterations": 2}, **term), **SECTIONS[name])
+    lines = untimed(go(tiny, tmp_path, eval_steps=0))
+    assert all(line["grad_norm"] > 1e-4 and line["update/skipped"] == 0 for line in lines)
+    assert ("gradient/reward" in lines[0]) == bool(term)
+
+
+def test_gradients_can_be_kept_over_the_updates_of_a_rollout(tiny, tmp_path):
+    tiny = changed(tiny, objective={"weight": 0.0, "iterations": 3}, gradient=TERM | {"reuse": True})
+    _, told = step(resolved(changed(tiny, run={"eval_steps": 0}), tmp_path))
+    assert told["calls"]["update"] == 1 + 3, "the base once, the policy at each update"
+    run = set_up(resolved(tiny, tmp_path), Accelerator())
+    calls, batch = [], prepare(run, rollout_step(run, 0, Clock()), 0)
+    run.gradient_model.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    first = reward_term_gradient(run, batch, 0, 0).gradient
+    again = reward_term_gradient(run, batch, 0, 1).gradient
+    assert len(calls) == 1 and torch.equal(first, again) and first.abs().max() > 1e-3
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     tiny = changed(tiny, gradient={"weight": 1.0, "draws": 2, "measure_steps": 2}, lora={"dropout": 0.2})
     tiny = changed(tiny, objective={"iterations": 2})
