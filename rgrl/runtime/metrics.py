@@ -1,5 +1,6 @@
 """The metrics of a rollout over all processes. `rgrl/tracking/glossary.py` explains each. Collective."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,7 +43,7 @@ def rollout_metrics(
         everywhere_B = accelerator.gather(term_B.to(accelerator.device))
         rated_B = everywhere_B[~everywhere_B.isnan()]
         metrics[f"rewards/{name}/mean"] = rated_B.mean().item()
-        metrics[f"rewards/{name}/std"] = rated_B.std(correction=0).item()
+        metrics[f"rewards/{name}/std"] = rated_B.std(correction=0).item() if len(rated_B) else math.nan
     return metrics
 
 
