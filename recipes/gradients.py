@@ -28,7 +28,8 @@ from rgrl.algo import resolve_algorithm
 from rgrl.config import ConfigError, load_config
 from rgrl.runtime.clock import Clock
 from rgrl.setup import Run, resolve_readouts, reward_readouts, set_up
-from rgrl.step import Scored, objective_gradient, prepare, reward_term_gradient, rollout_step
+from rgrl.step import rollout_step
+from rgrl.terms import Scored, objective_gradient, prepare, reward_term_gradient
 
 # Alike for all: rollouts whose trajectory can be evaluated exactly, and no KL.
 COMMON = "--run.eval_steps 0 --objective.beta 0 --gradient.kl 0 --objective.iterations 1 --gradient.measure_steps 0"

@@ -52,7 +52,8 @@ from rgrl.runtime.launch import join_processes
 from rgrl.runtime.stopping import StopRequests, first_reason
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run, set_up
-from rgrl.step import Scored, completion_rows, roll_out, rollout_step, update_step
+from rgrl.step import completion_rows, roll_out, rollout_step, update_step
+from rgrl.terms import Scored
 from rgrl.tracking import Tracker
 from rgrl.trial import try_out
 

@@ -9,7 +9,7 @@ from rgrl.errors import ConfigError
 from rgrl.plugins import told
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run
-from rgrl.step import Scored, objective_gradient, prepare
+from rgrl.terms import Scored, objective_gradient, prepare
 from rgrl.types import Rollout
 
 

@@ -18,7 +18,7 @@ from rgrl.rollout.guidance import Guide, steer
 from rgrl.rollout.sampling import draw_uniform, support_of
 from rgrl.rollout.schedule import write_schedule
 from rgrl.seeds import generators
-from rgrl.step import Scored, prepare, reward_term_gradient
+from rgrl.terms import Scored, prepare, reward_term_gradient
 from rgrl.trainer import release
 from rgrl.types import PrefixCache, Prompts
 

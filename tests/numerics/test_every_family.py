@@ -171,7 +171,7 @@ def test_the_page_itself(tmp_path, monkeypatch, capsys):
     ("family", "told"),
     [
         ("phi_family:NOTHING", "model family 'phi_family:NOTHING' cannot be imported"),
-        ("no_such_module:FAMILY", "cannot be imported: No module named 'no_such_module'"),
+        ("no_such_module:FAMILY", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
         (
             "phi_family:make_config",
             "model family 'phi_family:make_config' is function, not a rgrl.models.families.Family",

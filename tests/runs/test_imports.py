@@ -17,6 +17,7 @@ LAYERS = [
     {"runtime", "checkpoint"},
     {"evaluation", "export"},
     {"setup"},
+    {"terms"},
     {"step", "header"},
     {"trial"},
     {"trainer"},
@@ -26,7 +27,7 @@ LAYERS = [
 ]
 PURE = {"rollout", "algo"}  # plain torch: models and rewards arrive as arguments
 PURE_MAY_USE = PURE | {"types", "config", "errors", "plugins", "seeds"}
-MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "step", "header", "trainer"}
+MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "terms", "step", "header", "trainer"}
 
 
 def part_of(module):

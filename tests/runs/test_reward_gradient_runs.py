@@ -11,7 +11,8 @@ from rgrl.models.lora import adapter_parameters
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import take_gradient
 from rgrl.setup import set_up
-from rgrl.step import objective_gradient, prepare, reduce_and_clip, reward_term_gradient, rollout_step
+from rgrl.step import reduce_and_clip, rollout_step
+from rgrl.terms import objective_gradient, prepare, reward_term_gradient
 from rgrl.trainer import train
 
 TERM = {"weight": 1.0, "measure_steps": 0}

@@ -1,0 +1,371 @@
+"""The terms of an update's loss: what they share, and the gradient of each. `step.py` adds them up.
+
+The objective turns a scored rollout into a loss on the tokens that were written. The reward's own gradient, where it is
+turned on, moves the expected embeddings of all tokens that could have been written.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rgrl.algo.corrections import correction
+from rgrl.algo.estimators import ValuesFn
+from rgrl.algo.reward_gradient import (
+    MEANS_OVER,
+    Expansion,
+    Measured,
+    State,
+    came_true,
+    centred,
+    distance_to_guided,
+    draw_steps,
+    expand,
+    expected_text,
+    first_order,
+    kl_by_row,
+    mean_of_others,
+    state_before,
+    term_sums,
+    text_gradients,
+    text_tokens,
+)
+from rgrl.config import Config
+from rgrl.models.lora import adapter_parameters
+from rgrl.models.readout import Places, Readout, kl_to_reference, read_out
+from rgrl.rollout.guidance import Guide
+from rgrl.runtime.collectives import global_rows, reduce_sum, take_gradient
+from rgrl.seeds import generators, row_keys
+from rgrl.setup import Run
+from rgrl.types import LossInputs, NoiseDraw, Prompts, Rollout
+
+
+@dataclass
+class Scored:
+    """A rollout with its text, its reward and its advantages."""
+
+    prompts: Prompts  # B, each prompt G times
+    rollout: Rollout
+    completions: list[str]
+    reward_B: Tensor
+    terms: dict[str, Tensor]  # r_B of each term of the reward, unweighted
+    advantage_B: Tensor
+    metrics: dict[str, float]
+
+
+@dataclass
+class Push:
+    """One state of the term, with what its loss is made of, as far as it is known before the policy's forward pass."""
+
+    state: State
+    reference: dict[str, Tensor]  # the base's final hidden states there, for the KL; empty without it
+    found: Expansion | None = None
+    g_ND: Tensor | None = None  # what the expected embeddings move along
+
+
+@dataclass
+class Batch:
+    """What all updates on one rollout share. Lists have an entry for each micro-batch; None or empty: not needed."""
+
+    rollout: Rollout
+    advantage_B: Tensor
+    micro: list[slice]
+    noise: NoiseDraw | None = None
+    correction_BC: Tensor | None = None
+    old: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) before the first update
+    reference: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) of the frozen base
+    reference_states: list[list[Tensor]] = field(default_factory=list)  # its final hidden states (NH), by canvas
+    old_states: list[list[Tensor]] = field(default_factory=list)  # the same of the policy before the first update
+    row_gradient_BCD: Tensor | None = None  # of the reward, the mean over the other completions of the group
+    guide: Guide | None = None  # the reward whose gradient is a term of the update
+    step_UKB: Tensor | None = None  # the denoising steps of that term, for each update
+    kept: list[Push] = field(default_factory=list)  # of its first update, if the others use them again
+    measured: list[Measured] = field(default_factory=list)  # of its last update, if this step is to measure it
+
+    @property
+    def the_guide(self) -> Guide:
+        """The guide, where something of the update needs it."""
+        assert self.guide is not None
+        return self.guide
+
+
+def prepare(run: Run, scored: Scored, step: int) -> Batch:
+    """Draw the noise, weigh the tokens, and evaluate the reference: once for all updates on this rollout."""
+    config, needs, rollout = run.config, run.algorithm.needs, scored.rollout
+    B = len(rollout.canvas_BL)
+    size = B // config.run.gradient_accumulation_steps
+    micro = [slice(i, i + size) for i in range(0, B, size)]
+    batch = Batch(rollout, scored.advantage_B, micro, old=[None] * len(micro), reference=[None] * len(micro))
+    batch.reference_states, batch.old_states = [[] for _ in micro], [[] for _ in micro]
+    rows = global_rows(run.accelerator, B)
+    if run.gradient_model is not None:
+        batch.guide = run.reward_of_embeddings(scored.prompts)
+    if config.gradient.weight > 0:
+        seeds = generators(config.run.seed, step, rows, "states")
+        batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.objective.iterations)
+    if config.objective.weight == 0:
+        return batch
+    seeds = generators(config.run.seed, step, rows, "noise")
+    batch.noise = run.algorithm.estimator.draw(rollout, config.objective, seeds)
+    batch.correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
+    if "row_gradients" in needs:
+        batch.row_gradient_BCD = row_gradients(run, batch)
+    if {"ref", "reference_states"} & needs:
+        with torch.no_grad(), run.policy.forward_passes(), run.policy.reference():
+            for m, states in enumerate(batch.reference_states):
+                batch.reference[m] = estimate(run, batch, m, reference_values(run, states))["logp"]
+    return batch
+
+
+@dataclass
+class Term:
+    """One term of the loss over this rank's micro-batches: sums, and the gradient of the loss's sum, not yet divided.
+
+    `totals` holds the loss, its metrics, and what each is divided by: `n`, unless `over` names another.
+    """
+
+    weight: float
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    over: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)  # values for quantiles
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))  # of all parameters, flat
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add to the sums."""
+        for name, value in values.items():
+            self.totals[name] = self.totals[name] + value.detach() if name in self.totals else value.detach()
+
+
+def dropout_keys(run: Run, batch: Batch, step: int, purpose: str) -> Tensor:
+    """key_B of this rank's rows, for LoRA dropout."""
+    return row_keys(run.config.run.seed, step, global_rows(run.accelerator, len(batch.advantage_B)), purpose)
+
+
+# ------------------------------------------------------------------------------------------------------- the objective
+def objective_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Term:
+    """The objective: one forward and backward pass over each micro-batch."""
+    config, policy, algorithm, term = run.config, run.policy, run.algorithm, Term(run.config.objective.weight)
+    assert batch.noise is not None
+    key_B = dropout_keys(run, batch, step, f"dropout {iteration}")
+    policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
+    for m, rows in enumerate(batch.micro):
+        with policy.forward_passes(key_B[rows]):
+            values = estimate(run, batch, m, trained_values(run, batch, m))
+        if "old" in algorithm.needs and iteration == 0:  # nothing has moved yet, so these are the old ones
+            batch.old[m] = values["logp"].detach()
+        inputs = LossInputs(
+            logp_BC=values["logp"],
+            mask_BC=batch.noise.count_BC[rows],
+            advantage_B=batch.advantage_B[rows],
+            by_sequence=algorithm.estimator.level == "sequence",
+            old_logp_BC=batch.old[m],
+            ref_logp_BC=batch.reference[m] if "ref" in algorithm.needs else None,
+            correction_BC=batch.correction_BC[rows] if batch.correction_BC is not None else None,
+            readouts={name: value for name, value in values.items() if name != "logp"},
+        )
+        out = algorithm.objective.loss(inputs, config.objective)
+        policy.backward(out.loss_sum)
+        term.add({"loss": out.loss_sum, "n": out.denominator, **out.metrics})
+        for name, value in out.samples.items():
+            term.samples.setdefault(name, []).append(value)
+    policy.eval()
+    term.gradient = take_gradient(list(adapter_parameters(policy).values()))
+    return term
+
+
+def estimate(run: Run, batch: Batch, m: int, values: ValuesFn) -> dict[str, Tensor]:
+    """The estimator's values (BC...) of micro-batch m, by name."""
+    assert batch.noise is not None
+    rows = batch.micro[m]
+    rollout, noise, advantage_B = batch.rollout.rows(rows), batch.noise.rows(rows), batch.advantage_B[rows]
+    estimator, mask_id = run.algorithm.estimator, run.policy.mask_id
+    return estimator.estimate(values, rollout, noise, mask_id, run.config.objective, advantage_B)
+
+
+def reference_values(run: Run, states: list[Tensor]) -> ValuesFn:
+    """Log-probabilities on each canvas; its final hidden states go into `states` if a readout needs them."""
+
+    def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+        states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
+        if "reference_states" in run.algorithm.needs:
+            states.append(states_NH)
+        if "ref" not in run.algorithm.needs:
+            return {"logp": torch.zeros(len(token_N), device=token_N.device)}  # nobody asks for them
+        logp = {"logp": run.readouts["logp"]}
+        return read_out(run.policy.project, states_NH, token_N, logp, vocab_size=run.policy.vocab_size)
+
+    return values
+
+
+def row_gradients(run: Run, batch: Batch) -> Tensor:
+    """What the objective asks for as `row_gradients`: mean_BCD of the other completions, in units of the reward."""
+    number_B = torch.arange(len(batch.advantage_B), device=run.policy.device)
+    found = [
+        text_gradients(batch.the_guide, batch.rollout.rows(rows), number_B[rows], run.policy.is_end)
+        for rows in batch.micro
+    ]
+    return run.gradient_weight * mean_of_others(torch.cat(found), run.config.rollout.num_generations)
+
+
+def trained_values(run: Run, batch: Batch, m: int) -> ValuesFn:
+    """All readouts on each canvas of micro-batch m, with gradient."""
+    reference, old, gradient_BCD = batch.reference_states[m], batch.old_states[m], batch.row_gradient_BCD
+
+    def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
+        states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
+        given = {"reference_NH": reference[k]} if reference else {}
+        if "old_states" in run.algorithm.needs:
+            if len(old) == k:  # nothing has moved yet, so these are the old ones
+                old.append(states_NH.detach())
+            given["old_NH"] = old[k]
+        if gradient_BCD is not None:
+            given["gradient_ND"] = gradient_BCD[batch.micro[m]][at_BL[:, -gradient_BCD.shape[1] :]]
+        vocab_size = run.policy.vocab_size
+        return read_out(run.policy.project, states_NH, token_N, run.readouts, given, vocab_size=vocab_size)
+
+    return values
+
+
+# ------------------------------------------------------------------------------------------- the reward's own gradient
+def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Term:
+    """The reward's own gradient (rgrl/algo/reward_gradient.py), at each state that was drawn for this update: a forward
+    pass of the base, the policy and the reward model, and a backward pass, over each micro-batch."""
+    config, policy, term = run.config.gradient, run.policy, Term(run.config.gradient.weight, over=MEANS_OVER)
+    key_B = dropout_keys(run, batch, step, f"gradient dropout {iteration}")
+    pushes = batch.kept if batch.kept else reward_pushes(run, batch, iteration, key_B)
+    policy.train()
+    for push in pushes:
+        state = push.state
+        with policy.forward_passes(key_B[state.rows_B.cpu()]):
+            states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+        values = read_text(run, batch, state, states_NH, push.reference if config.loss == "first_order" else {})
+        if push.found is None:
+            push.found = expand(batch.the_guide, state, values, config.blend)
+            push.g_ND = push.found.g_ND
+            if config.centre == "row":
+                push.g_ND = centred(push.g_ND, push.found.soft_N, state)
+        loss_sum = reward_loss(run, batch, push, states_NH, values) / config.draws
+        policy.backward(loss_sum)
+        term.add({"loss": loss_sum, **term_sums(push.found, values, state, config.draws)})
+        if measures(run.config, step, iteration):
+            batch.measured.append(Measured(state, push.found, values["soft"].detach(), key_B[state.rows_B.cpu()]))
+    policy.eval()
+    batch.kept = pushes if config.reuse else []
+    term.gradient = take_gradient(list(adapter_parameters(policy).values()))
+    return term
+
+
+def reward_pushes(run: Run, batch: Batch, iteration: int, key_B: Tensor) -> list[Push]:
+    """The states of an update. With `gradient.centre: batch` they are expanded here, before any is learned from."""
+    pushes = [Push(state, reference_given(run, state)) for state in reward_states(run, batch, iteration)]
+    if run.config.gradient.centre != "batch":
+        return pushes
+    total = torch.zeros(batch.the_guide.embedding_VD.shape[1] + 1, device=run.policy.device)
+    run.policy.train()
+    for push in pushes:
+        values = text_without_gradient(run, batch, push.state, key_B[push.state.rows_B.cpu()])
+        push.found = expand(batch.the_guide, push.state, values, run.config.gradient.blend)
+        total += torch.cat([push.found.g_ND.float().sum(0), push.found.soft_N.sum()[None]])
+    *_, count = total = reduce_sum(run.accelerator, total)
+    for push in pushes:
+        assert push.found is not None
+        direction_D = (total[:-1] / count.clamp(min=1.0)).to(push.found.g_ND.dtype)
+        direction_BD = direction_D.expand(len(push.state.rows_B), -1)
+        push.g_ND = centred(push.found.g_ND, push.found.soft_N, push.state, direction_BD)
+    return pushes
+
+
+def reward_states(run: Run, batch: Batch, iteration: int) -> list[State]:
+    """The states of an update: of each micro-batch as many as `gradient.draws` says."""
+    config, states = run.config, []
+    assert batch.step_UKB is not None
+    block = config.rollout.block_length if config.gradient.places == "block" else 0
+    number_B = torch.arange(len(batch.advantage_B), device=run.policy.device)
+    for step_B, rows in itertools.product(batch.step_UKB[iteration], batch.micro):
+        some = batch.rollout.rows(rows), number_B[rows], step_B[rows]
+        states.append(state_before(*some, batch.the_guide, run.policy.is_end, block))
+    return states
+
+
+def reference_given(run: Run, state: State) -> dict[str, Tensor]:
+    """The frozen base's final hidden states at the asked places, for `kl_to_reference`; nothing without that KL."""
+    policy = run.policy
+    if run.config.gradient.kl == 0:
+        return {}
+    with torch.no_grad(), policy.forward_passes(), policy.reference():
+        return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
+
+
+def read_text(
+    run: Run, batch: Batch, state: State, states_NH: Tensor, reference: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """`expected_text` at the asked places, and the KL to the `reference` if it is given."""
+    guide, text_V = batch.the_guide, text_tokens(batch.the_guide, run.policy.is_end)
+
+    def text(places: Places) -> dict[str, Tensor]:
+        return expected_text(places.logits_NV, places.token_N, guide.embedding_VD, text_V, run.config.rollout)
+
+    readouts: dict[str, Readout] = {"text": text}
+    if reference:
+        readouts["kl_to_reference"] = kl_to_reference
+    vocab_size = run.policy.vocab_size
+    return read_out(run.policy.project, states_NH, state.token_N, readouts, reference, vocab_size=vocab_size)
+
+
+@torch.no_grad()
+def text_without_gradient(run: Run, batch: Batch, state: State, dropout_key_B: Tensor) -> dict[str, Tensor]:
+    """`expected_text` at the asked places, by a forward pass of its own."""
+    policy = run.policy
+    with policy.forward_passes(dropout_key_B):
+        states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+    return read_text(run, batch, state, states_NH, {})
+
+
+def reward_loss(run: Run, batch: Batch, push: Push, states_NH: Tensor, values: dict[str, Tensor]) -> Tensor:
+    """The term's loss, summed over rows; adds its KL to the base to `values`."""
+    config, guide, state = run.config.gradient, batch.the_guide, push.state
+    assert push.g_ND is not None
+    g_ND = run.gradient_weight * push.g_ND
+    if config.loss == "first_order":
+        loss_sum = -first_order(g_ND, values["soft"])
+    else:
+        text_V, tau = text_tokens(guide, run.policy.is_end), run.config.rollout.temperature
+
+        def distance(places: Places) -> Tensor:
+            g_nD = places.given["g_ND"]
+            return distance_to_guided(places.logits_NV, g_nD, guide.embedding_VD, text_V, tau, config)
+
+        readouts: dict[str, Readout] = {"distance": distance}
+        if push.reference:
+            readouts["kl_to_reference"] = kl_to_reference
+        given, vocab_size = {"g_ND": g_ND, **push.reference}, run.policy.vocab_size
+        found = read_out(run.policy.project, states_NH, state.token_N, readouts, given, vocab_size=vocab_size)
+        loss_sum = kl_by_row(found.pop("distance"), state).sum()
+        values |= found
+    if push.reference:
+        loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
+    return loss_sum
+
+
+def measures(config: Config, step: int, iteration: int) -> bool:
+    """Whether this update is one to measure: the last of every `gradient.measure_steps`-th step."""
+    every = config.gradient.measure_steps
+    return every > 0 and step % every == 0 and iteration == config.objective.iterations - 1
+
+
+@torch.no_grad()
+def what_came_true(run: Run, batch: Batch) -> dict[str, float]:
+    """The change of the reward that the last update promised to first order, and the one that came true, a row."""
+    sums = []
+    run.policy.train()
+    for measured in batch.measured:
+        values = text_without_gradient(run, batch, measured.state, measured.dropout_key_B)
+        sums.append(torch.stack(came_true(batch.the_guide, measured, values)))
+    run.policy.eval()
+    rows = torch.tensor([float(len(batch.advantage_B) * run.config.gradient.draws)], device=run.policy.device)
+    *both, rows = reduce_sum(run.accelerator, torch.cat([torch.stack(sums).sum(0).float(), rows])).tolist()
+    return {
+        name: run.gradient_weight * value / rows
+        for name, value in zip(("gradient/promised", "gradient/came_true"), both, strict=True)
+    }
