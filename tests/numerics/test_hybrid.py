@@ -17,7 +17,7 @@ from rgrl.rollout.denoise import RolloutNoise, denoise
 from rgrl.rollout.sampling import draw_uniform, sampled_logp
 from rgrl.types import LossInputs
 
-PROMPT, ROWS, C, D = [0, 2], 20_000, 3, 5
+PROMPT, ROWS, C, D = [0, 2], 8_000, 3, 5
 OBJECTIVE = ObjectiveConfig(name="hybrid", estimator="trajectory", advantage="leave_one_out")
 SAMPLER = RolloutConfig(max_completion_length=C, steps=C, temperature=0.8, top_k=3, top_p=1.0)
 

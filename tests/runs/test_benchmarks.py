@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import bench
+import gradients
 import pytest
 import scaling
+import torch
 from processes import ENV
 from training import write
 
@@ -49,6 +51,29 @@ def test_bench_times_whole_steps_against_floors_of_their_own(tmp_path, monkeypat
         assert rows[name]["of_plain"] == pytest.approx(rows[name]["seconds"] / rows["none"]["seconds"])
 
 
+def test_gradients_of_each_estimate_are_compared(tiny, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "gradients.json"
+    only = ["trajectory", "hybrid", "gradient", "gradient, guided"]
+    words = ["--config", str(write(tiny, tmp_path)), "--steps", "3", "--json", str(out), "--only", *only]
+    monkeypatch.setattr(sys, "argv", ["gradients.py", *words])
+    gradients.main()
+    table = json.loads(out.read_text())["table"]
+    assert list(table) == only and all(row["norm"] > 0 for row in table.values())
+    assert table["trajectory"]["true"] == pytest.approx(1) and abs(table["gradient"]["true"]) < 1
+    assert "cosine of the two halves" in capfd.readouterr().out
+
+
+def test_the_summary_of_an_estimate_by_hand():
+    found_SX = torch.tensor([[3.0, 0.0], [0.0, 3.0], [3.0, 3.0]])
+    row = gradients.summary(found_SX, torch.tensor([1.0, 0.0]))
+    assert row["norm"] == pytest.approx(8**0.5) and row["true"] == pytest.approx(0.5**0.5)
+    own = [
+        gradients.cosine(*pair) for pair in zip(found_SX, torch.tensor([[1.5, 3], [3, 1.5], [1.5, 1.5]]), strict=True)
+    ]
+    assert row["own"] == pytest.approx(sum(own) / 3)
+    assert row["noise"] == pytest.approx(6 / (8 - 6 / 3))
+
+
 @pytest.mark.slow
 def test_scaling_compares_one_process_with_two(tiny, tmp_path):
     words = ["--config", write(tiny, tmp_path), "--processes", 1, 2, "--rounds", 1, "--require", 99]
@@ -65,6 +90,7 @@ def test_scaling_compares_one_process_with_two(tiny, tmp_path):
         (bench, "--shape tiny --steps 0", "--steps must be 1 or more"),
         (bench, "--shape tiny --rounds 0", "--rounds must be 1 or more"),
         (bench, "--shape tiny --json /nowhere/bench.json", "no such folder"),
+        (gradients, "--config nowhere.yaml --steps 1", "--steps must be 2 or more"),
         (scaling, "--config nowhere.yaml --steps 0", "--steps and --rounds must be 1 or more"),
     ],
 )
