@@ -129,16 +129,20 @@ def _signals(raised: list[BaseException]) -> Iterator[None]:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     alarm = signal.setitimer(signal.ITIMER_REAL, 0)
     interrupt = before[signal.SIGINT]
-    handler_before: Callable[[int, FrameType | None], Any] = (
-        interrupt if callable(interrupt) else signal.default_int_handler
-    )
 
     def noting(number: int, frame: FrameType | None) -> None:
         try:
-            handler_before(number, frame)
+            handler: Any = before[signal.SIGINT]
+            handler(number, frame)
         except BaseException as error:
             raised.append(error)
             raise
+        finally:
+            # Ours puts another in its own place, so that a second Ctrl-C is obeyed: here too, and from now on.
+            if (now := signal.getsignal(number)) is not noting:
+                before[signal.SIGINT] = now
+                if callable(now):
+                    signal.signal(number, noting)
 
     try:
         if callable(interrupt):

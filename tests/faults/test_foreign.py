@@ -24,6 +24,7 @@ from rgrl.errors import ConfigError
 from rgrl.plugins import ForeignError, at_arms_length
 from rgrl.rewards import Rewards, load_functions
 from rgrl.rewards.total import TRIAL
+from rgrl.runtime.stopping import StopRequests
 from rgrl.tracking.report import as_text
 from rgrl.trainer import train
 from rgrl.types import Prompts
@@ -574,6 +575,20 @@ def test_one_that_is_only_recorded_goes_on():
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_second_ctrl_c_is_obeyed_in_the_call_of_the_first_or_a_later_one(calls):
+    def twice() -> None:
+        for _ in range(2 // calls):
+            signal.raise_signal(signal.SIGINT)
+
+    with StopRequests(0) as requests:
+        if calls == 2:
+            at_arms_length(twice)
+            assert requests.asked()[0] == 1
+        with pytest.raises(KeyboardInterrupt):
+            at_arms_length(twice)
 
 
 def test_in_another_thread_there_are_no_handlers_to_put_back():
