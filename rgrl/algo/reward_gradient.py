@@ -16,7 +16,8 @@ The first sum is the reward to first order, of all candidates at once, where a p
 and one number a row. Its gradient is exact as a policy gradient only for writing all of the places at once, under a
 reward that adds up over places. End tokens, and others that the text drops, are no candidates: their embedding says
 nothing of what ending the text does. How long a text is, is left to the objective and the KL, which knows no end but
-one that the canvas shows.
+one that the canvas shows. The canvas is read as a whole, also where the sampler read a cached prefix
+(`rollout.block_cache`).
 """
 
 from collections.abc import Callable, Sequence
