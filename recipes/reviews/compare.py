@@ -127,8 +127,6 @@ def seconds_per_step(variants: dict, rounds: int) -> dict[str, float]:
 def run(variants: dict, name: str, seed: int, steps: int, args: argparse.Namespace) -> None:
     """Train one variant with one seed, and evaluate what came out, on one thread."""
     folder = folder_of(args.out, name, seed)
-    if (folder / "final.json").exists():
-        return
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines or lines[-1]["step"] != steps:
         path, *overrides = words_of(variants, name)

@@ -12,12 +12,14 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import ridge
 from strong_judge import HERE, PACKAGE, assemble, installed
 
 import rgrl
 from rgrl.config import Config, to_dict
+from rgrl.models.fingerprint import fingerprint
 from rgrl.tracking.report import GUARDS, guards
 
 PROMPTS = 256
@@ -40,36 +42,33 @@ def evaluated(config: Config) -> tuple[dict[str, float], list[dict]]:
     return found.metrics | {"eval/ridge": statistics.mean(row["ridge"] for row in found.rows)}, found.rows
 
 
-def sampled_alike(config: Config) -> str:
-    """What the evaluation of the untrained model depends on, as a digest."""
-    told = [
-        to_dict(config.rollout),
-        to_dict(config.reward),
-        config.model.path,
-        config.run.seed,
-        config.data.eval_prompts,
-    ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def basis(config: Config) -> str:
+    """What an evaluation depends on beside the adapter, as a digest: models by content, sampling, prompts, seed."""
+    models = [fingerprint(Path(str(path))) for path in (config.model.path, config.reward.path, config.judge.path)]
+    told = [models, to_dict(config.rollout), to_dict(config.reward), to_dict(config.data), config.run.seed]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def final(run: Path, judge: Path, cache: Path, prompts: int = PROMPTS) -> dict[str, dict[str, float]]:
-    """Metrics `before` and `after` training. Those before are kept in `cache`, for all runs that sample alike."""
-    if (run / "final.json").exists():
-        return json.loads((run / "final.json").read_text())
+def final(run: Path, judge: Path, cache: Path, prompts: int = PROMPTS) -> dict[str, Any]:
+    """Metrics `before` and `after` training, those of before from `cache` for all runs that sample alike.
+
+    What RUN/final.json holds is taken if it was measured with the same judge and prompts.
+    """
     settings = ["--data.eval_prompts", str(prompts), "--judge.path", str(judge), "--run.on_hacking", "off"]
     start = rgrl.load_config(run / "config.yaml", [*settings, "--run.resume_from_checkpoint", "null"])
-    kept = cache / f"{sampled_alike(start)}.json"
+    measured, out = basis(start), run / "final.json"
+    if out.exists() and (found := json.loads(out.read_text())).get("basis") == measured:
+        return found
+    kept = cache / f"{measured[:16]}.json"
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        metrics, rows = evaluated(start)
-        kept.write_text(json.dumps({"metrics": metrics, "rows": rows}))
-    before = json.loads(kept.read_text())["metrics"]
-    after, rows = evaluated(
-        rgrl.load_config(run / "config.yaml", [*settings, "--run.resume_from_checkpoint", "latest"])
-    )
+        kept.write_text(json.dumps(evaluated(start)[0]))
+    resumed = rgrl.load_config(run / "config.yaml", [*settings, "--run.resume_from_checkpoint", "latest"])
+    after, rows = evaluated(resumed)
+    found = {"basis": measured, "before": json.loads(kept.read_text()), "after": after}
     (run / "final.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "final.json").write_text(json.dumps({"before": before, "after": after}, indent=2))
-    return {"before": before, "after": after}
+    out.write_text(json.dumps(found, indent=2))
+    return found
 
 
 def main() -> None:

