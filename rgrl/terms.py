@@ -26,6 +26,8 @@ from rgrl.algo.reward_gradient import (
     first_order,
     kl_by_row,
     mean_of_others,
+    overuse,
+    row_weights,
     state_before,
     term_sums,
     text_gradients,
@@ -33,8 +35,9 @@ from rgrl.algo.reward_gradient import (
 )
 from rgrl.config import Config
 from rgrl.models.lora import adapter_parameters
-from rgrl.models.readout import Places, Readout, kl_to_reference, read_out
+from rgrl.models.readout import Places, Readout, kl_to_reference, read_out, summed_probabilities
 from rgrl.rollout.guidance import Guide
+from rgrl.rollout.sampling import finite_log_softmax
 from rgrl.runtime.collectives import global_rows, reduce_sum, take_gradient
 from rgrl.seeds import generators, row_keys
 from rgrl.setup import Run
@@ -62,6 +65,7 @@ class Push:
     reference: dict[str, Tensor]  # the base's final hidden states there, for the KL; empty without it
     found: Expansion | None = None
     g_ND: Tensor | None = None  # what the expected embeddings move along
+    price_V: Tensor | None = None  # of each token, for being written more than the base would: the KL of the averages
 
 
 @dataclass
@@ -239,7 +243,7 @@ def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> T
         state = push.state
         with policy.forward_passes(key_B[state.rows_B.cpu()]):
             states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
-        values = read_text(run, batch, state, states_NH, push.reference if config.loss == "first_order" else {})
+        values = read_text(run, batch, push, states_NH, alone=config.loss != "first_order")
         if push.found is None:
             push.found = expand(batch.the_guide, state, values, config.blend)
             push.g_ND = push.found.g_ND
@@ -257,14 +261,33 @@ def reward_term_gradient(run: Run, batch: Batch, step: int, iteration: int) -> T
 
 
 def reward_pushes(run: Run, batch: Batch, iteration: int, key_B: Tensor) -> list[Push]:
-    """The states of an update. With `gradient.centre: batch` they are expanded here, before any is learned from."""
+    """The states of an update, with what depends on all of them together, before any is learned from."""
+    config = run.config.gradient
     pushes = [Push(state, reference_given(run, state)) for state in reward_states(run, batch, iteration)]
-    if run.config.gradient.centre != "batch":
-        return pushes
+    if config.centre == "batch" or config.marginal > 0:
+        run.policy.train()
+        states = [states_without_gradient(run, push.state, key_B[push.state.rows_B.cpu()]) for push in pushes]
+        if config.centre == "batch":
+            centre_on_batch(run, batch, pushes, states)
+        if config.marginal > 0:
+            price_overuse(run, pushes, states)
+    return pushes
+
+
+@torch.no_grad()
+def states_without_gradient(run: Run, state: State, dropout_key_B: Tensor) -> Tensor:
+    """The policy's final hidden states (NH) at the asked places, by a forward pass of its own."""
+    policy = run.policy
+    with policy.forward_passes(dropout_key_B):
+        return policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+
+
+def centre_on_batch(run: Run, batch: Batch, pushes: list[Push], states: list[Tensor]) -> None:
+    """Expand each state, and take from its gradients the mean over all places of all processes."""
     total = torch.zeros(batch.the_guide.embedding_VD.shape[1] + 1, device=run.policy.device)
-    run.policy.train()
-    for push in pushes:
-        values = text_without_gradient(run, batch, push.state, key_B[push.state.rows_B.cpu()])
+    for push, states_NH in zip(pushes, states, strict=True):
+        with torch.no_grad():
+            values = read_text(run, batch, push, states_NH, alone=True)
         push.found = expand(batch.the_guide, push.state, values, run.config.gradient.blend)
         total += torch.cat([push.found.g_ND.float().sum(0), push.found.soft_N.sum()[None]])
     *_, count = total = reduce_sum(run.accelerator, total)
@@ -273,7 +296,20 @@ def reward_pushes(run: Run, batch: Batch, iteration: int, key_B: Tensor) -> list
         direction_D = (total[:-1] / count.clamp(min=1.0)).to(push.found.g_ND.dtype)
         direction_BD = direction_D.expand(len(push.state.rows_B), -1)
         push.g_ND = centred(push.found.g_ND, push.found.soft_N, push.state, direction_BD)
-    return pushes
+
+
+def price_overuse(run: Run, pushes: list[Push], states: list[Tensor]) -> None:
+    """The price of each token, from the policy's distribution and the base's over all places of all processes."""
+    policy, vocab_size = run.policy, run.policy.vocab_size
+    total_2V = torch.zeros(2, vocab_size, device=policy.device)
+    for push, states_NH in zip(pushes, states, strict=True):
+        weight_N = row_weights(push.state)
+        total_2V[0] += summed_probabilities(policy.project, states_NH, weight_N, vocab_size=vocab_size)
+        base_NH = push.reference["reference_NH"]
+        total_2V[1] += summed_probabilities(policy.project, base_NH, weight_N, vocab_size=vocab_size)
+    price_V = overuse(*reduce_sum(run.accelerator, total_2V))
+    for push in pushes:
+        push.price_V = price_V
 
 
 def reward_states(run: Run, batch: Batch, iteration: int) -> list[State]:
@@ -289,41 +325,38 @@ def reward_states(run: Run, batch: Batch, iteration: int) -> list[State]:
 
 
 def reference_given(run: Run, state: State) -> dict[str, Tensor]:
-    """The frozen base's final hidden states at the asked places, for `kl_to_reference`; nothing without that KL."""
+    """The frozen base's final hidden states at the asked places, for the KLs to it; nothing without them."""
     policy = run.policy
-    if run.config.gradient.kl == 0:
+    if run.config.gradient.kl == 0 and run.config.gradient.marginal == 0:
         return {}
     with torch.no_grad(), policy.forward_passes(), policy.reference():
         return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
 
 
-def read_text(
-    run: Run, batch: Batch, state: State, states_NH: Tensor, reference: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """`expected_text` at the asked places, and the KL to the `reference` if it is given."""
+def divergences(push: Push) -> dict[str, Readout]:
+    """How far the policy is from the base at each place: `kl_to_reference`, and what its words cost, `marginal`."""
+    readouts: dict[str, Readout] = {}
+    if push.reference:
+        readouts["kl_to_reference"] = kl_to_reference
+    if (price_V := push.price_V) is not None:
+        readouts["marginal"] = lambda places: finite_log_softmax(places.logits_NV).exp() @ price_V.to(places.logits_NV)
+    return readouts
+
+
+def read_text(run: Run, batch: Batch, push: Push, states_NH: Tensor, alone: bool = False) -> dict[str, Tensor]:
+    """`expected_text` at the asked places, and unless `alone` the `divergences`."""
     guide, text_V = batch.the_guide, text_tokens(batch.the_guide, run.policy.is_end)
 
     def text(places: Places) -> dict[str, Tensor]:
         return expected_text(places.logits_NV, places.token_N, guide.embedding_VD, text_V, run.config.rollout)
 
-    readouts: dict[str, Readout] = {"text": text}
-    if reference:
-        readouts["kl_to_reference"] = kl_to_reference
-    vocab_size = run.policy.vocab_size
-    return read_out(run.policy.project, states_NH, state.token_N, readouts, reference, vocab_size=vocab_size)
-
-
-@torch.no_grad()
-def text_without_gradient(run: Run, batch: Batch, state: State, dropout_key_B: Tensor) -> dict[str, Tensor]:
-    """`expected_text` at the asked places, by a forward pass of its own."""
-    policy = run.policy
-    with policy.forward_passes(dropout_key_B):
-        states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
-    return read_text(run, batch, state, states_NH, {})
+    readouts = {"text": text} | ({} if alone else divergences(push))
+    given, vocab_size = {} if alone else push.reference, run.policy.vocab_size
+    return read_out(run.policy.project, states_NH, push.state.token_N, readouts, given, vocab_size=vocab_size)
 
 
 def reward_loss(run: Run, batch: Batch, push: Push, states_NH: Tensor, values: dict[str, Tensor]) -> Tensor:
-    """The term's loss, summed over rows; adds its KL to the base to `values`."""
+    """The term's loss, summed over rows; adds its divergences from the base to `values`."""
     config, guide, state = run.config.gradient, batch.the_guide, push.state
     assert push.g_ND is not None
     g_ND = run.gradient_weight * push.g_ND
@@ -336,15 +369,15 @@ def reward_loss(run: Run, batch: Batch, push: Push, states_NH: Tensor, values: d
             g_nD = places.given["g_ND"]
             return distance_to_guided(places.logits_NV, g_nD, guide.embedding_VD, text_V, tau, config)
 
-        readouts: dict[str, Readout] = {"distance": distance}
-        if push.reference:
-            readouts["kl_to_reference"] = kl_to_reference
+        readouts: dict[str, Readout] = {"distance": distance} | divergences(push)
         given, vocab_size = {"g_ND": g_ND, **push.reference}, run.policy.vocab_size
         found = read_out(run.policy.project, states_NH, state.token_N, readouts, given, vocab_size=vocab_size)
         loss_sum = kl_by_row(found.pop("distance"), state).sum()
         values |= found
-    if push.reference:
+    if config.kl > 0:
         loss_sum = loss_sum + config.kl * kl_by_row(values["kl_to_reference"], state).sum()
+    if config.marginal > 0:
+        loss_sum = loss_sum + config.marginal * kl_by_row(values["marginal"], state).sum()
     return loss_sum
 
 
@@ -360,7 +393,8 @@ def what_came_true(run: Run, batch: Batch) -> dict[str, float]:
     sums = []
     run.policy.train()
     for measured in batch.measured:
-        values = text_without_gradient(run, batch, measured.state, measured.dropout_key_B)
+        states_NH = states_without_gradient(run, measured.state, measured.dropout_key_B)
+        values = read_text(run, batch, Push(measured.state, {}), states_NH, alone=True)
         sums.append(torch.stack(came_true(batch.the_guide, measured, values)))
     run.policy.eval()
     rows = torch.tensor([float(len(batch.advantage_B) * run.config.gradient.draws)], device=run.policy.device)

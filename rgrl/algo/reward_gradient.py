@@ -9,8 +9,12 @@ the policy's logits there:
     g_i  the gradient of its reward there (a constant)
 
     loss = -mean_rows sum_i <g_i, e_i> + kl mean_rows (sum_i KL_i / tokens of the row)
+           + marginal mean_rows (sum_i 1 / tokens of the row) KL(m || m_base)
 
 or, instead of the first sum, the KL to what a step of guidance along g_i would make of the logits (`distil`).
+
+m is the policy's distribution averaged over all the update's places, m_base the base's. That KL is at most the one
+before it, and is the part of it that no context explains: the same word everywhere.
 
 The first sum is the reward to first order, of all candidates at once, where a policy gradient sees one token a place
 and one number a row. Its gradient is exact as a policy gradient only for writing all of the places at once, under a
@@ -35,6 +39,7 @@ from rgrl.types import Rollout
 # Metrics of the term that are means over something else than rows: the sums that they are divided by.
 MEANS_OVER = {
     "gradient/kl": "asked",
+    "gradient/marginal": "weight",
     "gradient/entropy_weight": "soft",
     "gradient/outside": "soft",
     "gradient/broken": "soft",
@@ -254,6 +259,22 @@ def kl_by_row(kl_N: Tensor, state: State) -> Tensor:
     return kl_BC.sum(1) / state.rollout.completion_mask_BC.sum(1).clamp(min=1)
 
 
+def row_weights(state: State) -> Tensor:
+    """c_N: 1 / (tokens of the row) at each asked place, as the KL is weighted."""
+    tokens_B = state.rollout.completion_mask_BC.sum(1).clamp(min=1)
+    return 1.0 / tokens_B[state.asked_BC.nonzero()[:, 0]]
+
+
+def overuse(policy_V: Tensor, base_V: Tensor) -> Tensor:
+    """log(m / m_base)_V of two averages, each given as a sum over the same weighted places; 0 where there are none.
+
+    The gradient of KL(m || m_base), whose m is a mean of the places' distributions, is that of the places' mean of
+    sum_v p(v) log(m / m_base)(v), with the logarithm held: what adds to a probability does not add to their sum.
+    """
+    tiny = torch.finfo(policy_V.dtype).tiny
+    return policy_V.clamp(min=tiny).log() - base_V.clamp(min=tiny).log()
+
+
 def centred(g_ND: Tensor, soft_N: Tensor, state: State, direction_BD: Tensor | None = None) -> Tensor:
     """g_ND without a common direction: `direction_BD` of each row, or (None) the mean over the row's soft places.
 
@@ -307,6 +328,9 @@ def term_sums(found: Expansion, values: dict[str, Tensor], state: State, draws: 
     }
     if "kl_to_reference" in values:
         sums["gradient/kl"] = values["kl_to_reference"].detach().sum()
+    if "marginal" in values:
+        sums["gradient/marginal"] = kl_by_row(values["marginal"].detach(), state).sum()
+        sums["weight"] = row_weights(state).sum()
     return {name: value.float() for name, value in sums.items()}
 
 

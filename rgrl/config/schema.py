@@ -359,6 +359,10 @@ class GradientConfig:
     """What is subtracted from each gradient: nothing, the mean over its row's places, or that over all places of the
     step. The reward's gradient is much the same direction in every context; what is left says where a token is worth
     more than elsewhere. `batch` costs one more forward pass of the policy."""
+    marginal: Annotated[Number, Ge(0), Le(1e6)] = 0.0
+    """Weight of a KL between averages, in units of `kl`: of the policy's distribution, averaged over all hidden places
+    of an update, to the base's. It resists a word that spreads everywhere, and leaves alone what a place asks for.
+    Costs one more forward pass of the policy. 0: not computed."""
     reuse: Flag = False
     """Approximation: all updates on a rollout use the states and the gradients of the first, which saves the passes of
     the base and of the reward model."""

@@ -98,7 +98,7 @@ def read_out(
             values |= {name: value} if isinstance(value, Tensor) else value
         return values
 
-    size = max(1, (2**26 if states_NH.is_cuda else 2**21) // vocab_size)
+    size = places_of_a_chunk(states_NH, vocab_size)
     inputs = (states_NH, token_N, *(given[name] for name in extra))
     chunks = list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -106,3 +106,20 @@ def read_out(
     else:
         values = [checkpoint(chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
     return {name: torch.cat([piece[name] for piece in values]) for name in values[0]}
+
+
+def summed_probabilities(
+    project: Callable[[Tensor], Tensor], states_NH: Tensor, weight_N: Tensor, *, vocab_size: int
+) -> Tensor:
+    """sum_n weight_n softmax(logits_n), untempered, of final hidden states: float32 of V. Without gradient."""
+    size = places_of_a_chunk(states_NH, vocab_size)
+    total_V = torch.zeros(vocab_size, device=states_NH.device)
+    with torch.no_grad():
+        for states_nH, weight_n in zip(states_NH.split(size), weight_N.split(size), strict=True):
+            total_V += weight_n.float() @ finite_log_softmax(project(states_nH)).exp().float()
+    return total_V
+
+
+def places_of_a_chunk(states_NH: Tensor, vocab_size: int) -> int:
+    """How many places' logits are made at a time."""
+    return max(1, (2**26 if states_NH.is_cuda else 2**21) // vocab_size)

@@ -17,6 +17,7 @@ METRICS = {
     "completions/clipped_ratio": "fraction of rows without an end token",
     "kl": "KL(policy || base), nats per token: the k3 estimate, or over the whole vocabulary (`objective.kl`)",
     "gradient/reward": "mean reward of blends of expected and written embeddings, by the model whose gradient trains",
+    "gradient/marginal": "KL of the policy's distribution, averaged over those places, to the base's, nats",
     "gradient/kl": "mean KL(policy || base) over the whole vocabulary at the hidden places of those states, nats",
     "gradient/entropy_weight": "mean entropy weight w at the places with an expected embedding",
     "gradient/outside": "fraction of those places whose written token is not in the policy's own top-p/top-k support",

@@ -107,7 +107,7 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
         # The reward's gradient alone, of two states a row, in blocks.
         {
             "objective": {"weight": 0.0},
-            "gradient": {"draws": 2, "places": "block", "centre": "batch"},
+            "gradient": {"draws": 2, "places": "block", "centre": "batch", "marginal": 2.0},
             "rollout": {"block_length": 6, "steps": 12},
             "guidance": {"kind": "none"},
         },

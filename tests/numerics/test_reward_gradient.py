@@ -18,13 +18,16 @@ from rgrl.algo.reward_gradient import (
     expected_text,
     first_order,
     kl_by_row,
+    overuse,
+    row_weights,
     state_before,
     term_sums,
     text_tokens,
 )
 from rgrl.config import GradientConfig, GuidanceConfig, RolloutConfig
-from rgrl.models.readout import kl_to_reference
+from rgrl.models.readout import kl_to_reference, summed_probabilities
 from rgrl.rollout.guidance import Guide
+from rgrl.rollout.sampling import finite_log_softmax
 from rgrl.seeds import generators
 
 C, PROMPT, D = 4, 2, 5
@@ -316,6 +319,42 @@ def test_centring_takes_out_what_the_gradients_of_a_row_share():
     direction_BD = torch.arange(5.0, dtype=torch.float64)[:, None].expand(5, D)
     given = centred(found.g_ND, found.soft_N, at, direction_BD)
     torch.testing.assert_close(given[found.soft_N], (found.g_ND - direction_BD[row_N])[found.soft_N])
+
+
+def slow_marginal(toy, at, reference):
+    """mean_rows (sum_i 1 / tokens) KL(m || m_base) times the rows, and KL(m || m_base), place by place."""
+    others, total = {(b, i): logits for b, i, logits in slow_places(reference, at)}, 0.0
+    own, base = [0.0] * 4, [0.0] * 4
+    for b, i, logits in slow_places(toy, at):
+        weight = 1 / at.rollout.completion_mask_BC[b].sum().item()
+        total += weight
+        for v, (p, q) in enumerate(zip(*(torch.stack(x).softmax(0) for x in (logits, others[b, i])), strict=True)):
+            own[v], base[v] = own[v] + weight * p, base[v] + weight * q
+    kl = sum(p / total * ((p / total) / (q / total)).log() for p, q in zip(own, base, strict=True))
+    return total * kl, kl
+
+
+@pytest.mark.parametrize("step", [0, [3, 2, 1, 1, 0]])
+def test_the_price_of_overused_words_is_the_gradient_of_the_kl_between_the_averages(step):
+    toy, reference, at = Toy(PROMPT + C, seed=1, scale=1.5), Toy(PROMPT + C, seed=2), state(step)
+    canvas = at.canvas(MASK), at.rollout.attention_BL, at.at_BL
+    logits_NV, weight_N = toy.logits(*canvas), row_weights(at)
+    sums = [
+        summed_probabilities(lambda logits_NV: logits_NV, x.detach(), weight_N, vocab_size=V)
+        for x in (logits_NV, reference.logits(*canvas))
+    ]
+    price_V = overuse(*sums)
+    value_N = finite_log_softmax(logits_NV).exp() @ price_V.to(logits_NV)
+    loss, parameters = kl_by_row(value_N, at).sum(), list(toy.parameters())
+    slow, kl = slow_marginal(toy, at, reference)
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-5) and kl > 1e-2
+    assert loss.item() / weight_N.sum().item() == pytest.approx(kl.item(), rel=1e-5)  # what is logged
+    for fast, true in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(slow, parameters), strict=True):
+        torch.testing.assert_close(fast, true, rtol=1e-4, atol=1e-6)
+    # At most the KL place by place, and nothing where the averages agree.
+    values = read(toy, at, reference=reference)
+    assert slow < kl_by_row(values["kl_to_reference"], at).sum()
+    assert overuse(sums[0], sums[0]).abs().max() == 0
 
 
 # --------------------------------------------------------------------------------------------------------- states
