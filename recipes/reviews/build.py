@@ -177,7 +177,7 @@ def policy_figures(recipe: PolicyRecipe, texts: list[str]) -> dict[str, float]:
 # --------------------------------------------------------------------------------- reward model and judges
 HALVES = ("reward", "judge")  # whose ratings are whose: `corpus.half_of`
 SEEDS = {"reward": 31, "judge": 47}
-ROUNDS = {"reward": 2, "judge": 3}  # of tuning the encoder; a whole one takes fewer than an adapter
+ROUNDS = {"reward": 2, "judge": 5}  # of tuning the encoder; a whole one takes fewer than an adapter
 BROKEN = {
     "reward": (loop_tail, shuffle_all, splice, praise_list),
     "judge": (stutter, shuffle_near, sprinkle, phrases, echo, stuff),

@@ -44,7 +44,8 @@ def evaluated(config: Config) -> tuple[dict[str, float], list[dict]]:
 
 def basis(config: Config) -> str:
     """What an evaluation depends on beside the adapter, as a digest: models by content, sampling, prompts, seed."""
-    models = [fingerprint(Path(str(path))) for path in (config.model.path, config.reward.path, config.judge.path)]
+    paths = (config.model.path, config.reward.path, config.judge.path)
+    models = [fingerprint(Path(path)) for path in paths if path is not None]
     told = [models, to_dict(config.rollout), to_dict(config.reward), to_dict(config.data), config.run.seed]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
