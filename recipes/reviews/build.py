@@ -202,15 +202,15 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
     return pairs
 
 
-def half_of_ratings(name: str, known: list[corpus.Snippet], lexicon: dict[str, float], samples: list[Cut]) -> Half:
-    """What the reward model or the judge may learn from; neither sees anything of the other's."""
+def half_of_ratings(
+    name: str, known: list[corpus.Snippet], lexicon: dict[str, float], samples: list[Cut]
+) -> tuple[Half, dict[str, float]]:
+    """What the reward model or the judge may learn from, neither anything of the other's, and its ridge regression."""
     number = HALVES.index(name)
     mine = [s for s in known if s.half == number and len(s.text.split()) > 3]
     words = {word: rating for word, rating in lexicon.items() if corpus.half_of(word) == number}
     by_words = ridge.fit([(s.text, s.rating) for s in mine] + list(words.items()))
-    if name == "judge":
-        ridge.TERMS.write_text(json.dumps(by_words))
-    return Half(
+    half = Half(
         name=name,
         seed=SEEDS[name],
         movies=[(s.text, s.rating) for s in mine if s.source == "movie"],
@@ -219,6 +219,7 @@ def half_of_ratings(name: str, known: list[corpus.Snippet], lexicon: dict[str, f
         corruptions=BROKEN[name],
         lexicon=words,
     )
+    return half, by_words
 
 
 def tuned(half: Half, package: Path, work: Path) -> Path:
@@ -308,7 +309,9 @@ def half_stage(
     rng = random.Random(SEEDS[name])
     openings = [random_cut(rng, text)[0] for text in rng.sample([s.text for s in known if s.source == "movie"], 1536)]
     samples = cached_samples(name, openings, SEEDS[name], work)
-    half = half_of_ratings(name, known, lexicon, samples)
+    half, by_words = half_of_ratings(name, known, lexicon, samples)
+    if name == "judge":
+        ridge.TERMS.write_text(json.dumps(by_words))
     teacher = tuned(half, corpus.encoder(work / "download"), work)
     if not (HERE / name / "model.safetensors").exists():
         build_small(half, to_learn_from(known), prose, teacher, work)
