@@ -20,6 +20,7 @@ def header(run: Run, first_step: int, records: str) -> list[str]:
     lines = [
         what_runs(run),
         f"{a_step(config, run.accelerator.num_processes)} | {steps}",
+        what_is_learned(config),
         f"{config.run.output_dir} | {records or 'W&B off'}",
         *reward_models(run),
     ]
@@ -83,6 +84,20 @@ def a_step(config: Config, n: int) -> str:
     share = round(config.guidance.share * G) / G if kind != "none" else 0.0
     guided = f"{100 * share:.0f} % guided" + (f" by {kind}" if share else "")
     return f"{n * P * G} rows a step ({rows} completions), {guided}"
+
+
+def what_is_learned(config: Config) -> str:
+    """The terms of the loss, and how many updates a rollout."""
+    o, g, terms = config.objective, config.gradient, []
+    if o.weight > 0:
+        weight = "" if o.weight == 1 else f"{o.weight:g} x "
+        terms.append(f"{weight}{o.name} with {o.advantage} advantages" + (f", KL {o.beta:g}" if o.beta else ""))
+    if g.weight > 0:
+        weight = "" if g.weight == 1 else f"{g.weight:g} x "
+        whose = "guide's" if g.of == "guide" else "reward's"
+        kl = f", KL {g.kl:g}" + (f", of averages {g.marginal:g}" if g.marginal else "")
+        terms.append(f"{weight}the {whose} gradient ({g.loss}, {g.states} states{kl})")
+    return f"learning from {' + '.join(terms)} | {count(o.iterations, 'update')} a rollout"
 
 
 def count(n: int, one: str, many: str | None = None) -> str:

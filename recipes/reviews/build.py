@@ -204,7 +204,7 @@ def policy_samples(folder: Path, openings: list[str], seed: int, sampler: dict[s
 
 def half_of_ratings(
     name: str, known: list[corpus.Snippet], lexicon: dict[str, float], samples: list[Cut]
-) -> tuple[Half, dict[str, float]]:
+) -> tuple[Half, ridge.Fitted]:
     """What the reward model or the judge may learn from, neither anything of the other's, and its ridge regression."""
     number = HALVES.index(name)
     mine = [s for s in known if s.half == number and len(s.text.split()) > 3]
