@@ -317,10 +317,11 @@ def test_judging_is_for_one_process(call, tmp_path, monkeypatch):
 def test_a_run_begins_with_a_header_and_its_bar_moves_during_evaluations(tiny, tmp_path, call):
     config = write(changed(tiny, guidance={"share": 0.5}, objective={"correction": "truncate"}), tmp_path)
     out, err = call("train", "--config", config, "--run.steps", 1)
-    first, second, third, reward, judge, fourth, *bar = err.splitlines()
+    first, second, learned, third, reward, judge, fourth, *bar = err.splitlines()
     where = f"rgrl {rgrl.__version__} | {processes(Accelerator())} | "
     assert first == f"{where}policy dream, 278K parameters, 3.7K trainable (LoRA r 4)"
     assert second == "4 rows a step (2 prompts x 2 completions), 50 % guided by entrgi | steps 1 ... 1"
+    assert learned == "learning from reinforce with zscore advantages, KL 0.01 | 1 update a rollout"
     assert third == f"{tmp_path / 'run'} | W&B off" and fourth.startswith("correcting for guidance")
     assert reward == "reward model model, Qwen3ForSequenceClassification: scores, guides, each prompt is computed once"
     assert judge == "reward model judge, Qwen3ForSequenceClassification: judges"
