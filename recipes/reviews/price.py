@@ -22,7 +22,7 @@ from rgrl.runtime.clock import Clock
 from rgrl.setup import Run, set_up
 from rgrl.step import roll_out, rollout_step, update_step
 
-RECIPE = Path(__file__).with_name("rgrl.yaml")
+RECIPE = Path(__file__).with_name("base.yaml")
 # Guided and exact, whatever the recipe says; the rate is so low that the updates leave the policy what it is.
 PLAIN = (
     "--guidance.kind entrgi --guidance.share 1 --rollout.block_length 0 --objective.iterations 1 "

@@ -59,7 +59,7 @@ def test_the_set_up_is_two_commands_of_one_line():
 
 def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
     tiny["objective"] |= {"name": "grpo", "iterations": 2}
-    tiny["gradient"] = {"weight": 1.0}
+    tiny["gradient"] = {"weight": 1.0, "marginal": 1.0}
     tiny["reward"]["functions"] = {"processes:die_at_call": 0.5}
     logged = {key for line in read_metrics(go(tiny, tmp_path) / "metrics.jsonl") for key in line} - {"step"}
     generic = {re.sub(r"^rewards/[^/]+/", "rewards/<name>/", key) for key in logged}

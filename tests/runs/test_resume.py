@@ -28,7 +28,7 @@ from rgrl.models import load_policy
 from rgrl.tracking import read_metrics
 from rgrl.trainer import Loop, evaluate
 
-RECIPE = REPO / "recipes" / "reviews" / "rgrl.yaml"
+RECIPE = REPO / "recipes" / "reviews" / "base.yaml"
 VARIANTS = {
     "everything": {
         "lora": {"dropout": 0.2},
