@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForSequenceC
 
 from rgrl.models.batch import pad_left
 
-LM_STEPS, STEPS, ROWS = 100, 1200, 96
+LM_STEPS, STEPS, ROWS = 100, 560, 96
 GROUP = 32  # rows of a forward pass
 TOKENS = 56  # longest text
 
