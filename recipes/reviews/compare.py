@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--set", choices=SETS, default="main")
     parser.add_argument("--only", nargs="+", help="variants of the set instead of all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=40, help="diffu-GRPO steps whose time each run gets")
+    parser.add_argument("--budget", type=int, default=24, help="diffu-GRPO steps whose time each run gets")
     parser.add_argument("--judge", type=Path, default=Path("build/strong_judge"), help="written unless it is there")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="held-out openings of the last evaluation")
     parser.add_argument("--evals", type=int, default=6, help="evaluations of a run beside the first")
