@@ -232,6 +232,24 @@ def schema(words: list[str]) -> None:
         raise ConfigError(f"--output {given.output} cannot be written: {error.strerror}") from error
 
 
+def presets(words: list[str]) -> None:
+    """List the presets: data sets and tasks that a file of settings can name in `extends`, or print one.
+
+    A file that says `extends: gsm8k` has that preset's settings where it says nothing else; of a list, such as
+    `extends: [gsm8k, mine.yaml]`, later ones win.
+    """
+    parser = parser_of(presets)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this one's settings")
+    given = parser.parse_args(words)
+    from rgrl.config.presets import about, find, names
+
+    if given.name is not None:
+        say(find(given.name).read_text(encoding="utf-8").rstrip())
+        return
+    width = max(map(len, names()))
+    say("\n".join(f"{name:<{width}}  {about(name)}" for name in names()))
+
+
 def doctor(words: list[str]) -> None:
     """Show versions, devices and disks, and train a tiny model for a few seconds.
 
@@ -258,6 +276,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "report": ("RUN [--output FILE.png]", report),
     "judge": ("RUN --judge PATH [--output FILE.csv]", judge),
     "export": ("RUN [--merge] [--checkpoint WHICH] [--output FOLDER] [--model PATH]", export),
+    "presets": ("[NAME]", presets),
     "schema": ("[--output FILE]", schema),
     "doctor": ("", doctor),
 }

@@ -133,7 +133,8 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     o = config.optim
     parameters = list(adapter_parameters(policy).values())
-    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
+    betas = (o.betas[0], o.betas[1])
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=betas, weight_decay=o.weight_decay)
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
     fingerprints = take_fingerprints(
         {"model": policy, "reward": rewards.model, "guide": guide, "judge": judge}, prompts, eval_prompts

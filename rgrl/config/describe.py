@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from rgrl.config import schema
+from rgrl.config import presets, schema
 from rgrl.config.explain import range_of
 from rgrl.config.kinds import SECTIONS
 
@@ -81,7 +81,8 @@ def json_schema() -> dict[str, Any]:
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "rgrl settings"
     made["properties"]["extends"] = {
-        "type": "string",
-        "description": "Another file of settings, beside this one, which this one changes.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Files of settings, beside this one, and presets by their names, which this one changes; of a "
+        f"list later ones win. Presets: {', '.join(presets.names())}.",
     }
     return made

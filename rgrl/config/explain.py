@@ -13,6 +13,8 @@ from rgrl.errors import ConfigError
 
 # What the same thing is called in TRL, peft, transformers and elsewhere.
 ALIASES = {
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
     "adam_learning_rate": "optim.learning_rate",
     "base_model": "model.path",
     "batch_size": "run.prompts_per_device",

@@ -377,8 +377,15 @@ class OptimConfig:
     """After the warm-up: constant, or a decay that would reach 0 just after the last update."""
     weight_decay: Annotated[Number, Ge(0), Le(1000)] = 0.0
     """AdamW's decoupled weight decay."""
+    betas: list[Annotated[Number, Ge(0), Lt(1)]] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two decay rates, of the mean of the gradients and of that of their squares, each in [0, 1). d1: 0.9 and
+    0.99."""
     max_grad_norm: Annotated[Number, Gt(0)] = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are scaled down to this global norm. d1: 0.2."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ConfigError(f"`optim.betas` must be two numbers in [0, 1), such as [0.9, 0.999], not {self.betas}")
 
 
 @section("run")
