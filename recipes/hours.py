@@ -3,10 +3,10 @@
     python recipes/hours.py recipes/dream_7b/likelihood.yaml
     python recipes/hours.py recipes/llada_8b/gsm8k.yaml --tflops 250 --prompt 200
 
-Counts the passes of a run as recipes/bench.py makes them (a rollout reads the policy once a step, guidance reads the reward
-model forward and backward, an update reads the policy with its gradient, and the base where there is a KL), at two operations
-a weight and token, and divides by a rate that is assumed. Left out: attention over the text itself, sampling, the exchange
-between processes, the unpacking of 4-bit weights, loading. So it is a lower bound for what it assumes.
+Counts the passes of a run as recipes/bench.py makes them (a rollout reads the policy once a step, guidance reads the
+reward model forward and backward, an update reads the policy with its gradient, and the base where there is a KL), at two
+operations a weight and token, and divides by a rate that is assumed. Left out: attention over the text itself, sampling,
+the exchange between processes, the unpacking of 4-bit weights, loading. So it is a lower bound for what it assumes.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def rollout(c: Config, rows: float, prompt: int, guided: float) -> float:
     hidden = (C + 1) / 2  # on average over the steps
     asked = min(hidden, (block + 1) / 2) if block else hidden
     tokens = prompt + C
-    if block and c.rollout.block_cache:  # the text before a block is read once for each block, and the rest at each step
+    if (
+        block and c.rollout.block_cache
+    ):  # the text before a block is read once for each block, and the rest at each step
         steps, blocks = T / (C / block), C / block
         tokens = sum(prompt + C + (steps - 1) * (C - b * block) for b in range(int(blocks))) / T
     operations = T * rows * forward(policy, tokens, asked)
@@ -60,7 +62,9 @@ def rollout(c: Config, rows: float, prompt: int, guided: float) -> float:
 
 def scores(c: Config, rows: float, prompt: int) -> float:
     """Operations of the reward model and of the judge on finished completions."""
-    return sum(forward(SIZES[path], rows * (prompt + c.rollout.max_completion_length)) for path in [c.reward.path] if path)
+    return sum(
+        forward(SIZES[path], rows * (prompt + c.rollout.max_completion_length)) for path in [c.reward.path] if path
+    )
 
 
 def update(c: Config, rows: float, prompt: int) -> float:
