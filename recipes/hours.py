@@ -4,9 +4,9 @@
     python recipes/hours.py recipes/llada_8b/gsm8k.yaml --tflops 250 --prompt 200
 
 Counts the passes of a run as recipes/bench.py makes them (a rollout reads the policy once a step, guidance reads the
-reward model forward and backward, an update reads the policy with its gradient, and the base where there is a KL), at two
-operations a weight and token, and divides by a rate that is assumed. Left out: attention over the text itself, sampling,
-the exchange between processes, the unpacking of 4-bit weights, loading. So it is a lower bound for what it assumes.
+reward model forward and backward, an update reads the policy with its gradient, and the base where there is a KL), at
+two operations a weight and token, and divides by a rate that is assumed. Left out: attention over the text itself,
+sampling, the exchange between processes, the unpacking of 4-bit weights, loading. So it is a lower bound.
 """
 
 import argparse
