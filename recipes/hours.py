@@ -74,7 +74,9 @@ def update(c: Config, rows: float, prompt: int) -> float:
     learn = (3 if c.run.gradient_checkpointing else 2) * whole  # forward, backward, forward again
     operations = 0.0
     if c.objective.weight > 0:
-        once = (c.objective.beta > 0) * whole + (c.objective.iterations > 1) * whole  # the base; the policy before
+        # The base, if there is a KL, and the policy before the first update, whose log-probabilities that update has.
+        draws = c.objective.iterations if c.objective.redraw else 1
+        once = (c.objective.beta > 0) * draws * whole + (draws - 1) * whole
         operations += once + c.objective.iterations * learn
     if c.gradient.weight > 0:
         guide = SIZES[c.guidance.path or c.reward.path or ""]

@@ -110,7 +110,7 @@ def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, cloc
             else:
                 metrics["update/skipped"] += 1
                 skipped_in_a_row += 1
-                keep_skipped(run, scored, batch, step, {"grad_norm": norm, **found})
+                keep_skipped(run, scored, batch, (step, iteration), {"grad_norm": norm, **found})
             optimizer.zero_grad(set_to_none=True)
             metrics |= found | {"learning_rate": rate, "grad_norm": norm}
             metrics["grad_norm_clipped"] = min(norm, config.optim.max_grad_norm)
@@ -146,8 +146,10 @@ def reduce_and_clip(run: Run, terms: dict[str, Term]) -> tuple[dict[str, float],
     return metrics | {"loss": loss}, float(norm)
 
 
-def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict[str, float]) -> None:
-    """Write what this rank made a skipped update from."""
+def keep_skipped(run: Run, scored: Scored, batch: Batch, place: tuple[int, int], totals: dict[str, float]) -> None:
+    """Write what this rank made a skipped update from. `place`: its step, and which of the rollout's updates it is."""
+    step, iteration = place
+    drawn = batch.drawn[iteration if run.config.objective.redraw else 0] if batch.drawn else None
     kept = {
         "totals": totals,
         "prompts": scored.prompts.texts,
@@ -155,7 +157,7 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict
         "reward_B": scored.reward_B,
         "advantage_B": scored.advantage_B,
         "rollout": vars(scored.rollout),
-        "noise": vars(batch.noise) if batch.noise is not None else None,
+        "noise": vars(drawn.noise) if drawn is not None else None,
         "states": batch.step_UKB,
     }
     output, rank = Path(run.config.run.output_dir), run.accelerator.process_index

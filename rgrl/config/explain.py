@@ -72,6 +72,7 @@ ALIASES = {
     "per_device_train_batch_size": "run.prompts_per_device",
     "project_name": "tracking.project",
     "quantization": "model.quantize",
+    "random_masking": "objective.redraw",
     "rank": "lora.r",
     "remasking": "rollout.confidence",
     "report_to": "tracking.wandb",

@@ -313,7 +313,11 @@ class ObjectiveConfig:
     epsilon_high: Annotated[Number, Ge(0)] = 0.2
     """`grpo`: the ratio is clipped above 1 + epsilon_high."""
     iterations: Annotated[Whole, Ge(1), Le(1000)] = 1
-    """Optimizer updates per rollout."""
+    """Optimizer updates per rollout. d1: 12."""
+    redraw: Flag = False
+    """Whether each of these updates has noise of its own (which tokens are hidden for the log-probabilities), as in d1,
+    or that of the first. Takes a forward pass more for each update, for the log-probabilities before the first, where
+    the objective needs those."""
     prompt_mask: Annotated[Number, Ge(0), Lt(1)] = 0.3
     """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
     settings: dict[Text, Anything] = field(default_factory=dict)
