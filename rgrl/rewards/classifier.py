@@ -162,7 +162,7 @@ class ClassifierReward(nn.Module):
         assert self.coverage is not None and self.unseen_V is not None
         told, cut = [], self.frame.cut
         unseen_V = self.unseen_V.cpu()
-        for prompt, ids, completion in zip(prompts.texts, tokens, completions, strict=True):
+        for prompt, ids, completion in zip(prompts.chats, tokens, completions, strict=True):
             at = torch.tensor(ids, dtype=torch.long)
             own = self.coverage.token_V[at[~unseen_V[at]]].tolist()
             before, after = self.frame.around(prompt)
@@ -178,7 +178,7 @@ class ClassifierReward(nn.Module):
     @torch.no_grad()
     def score(self, prompts: Prompts, completions: list[str]) -> Tensor:
         """r_B, float32: the model's score of prompt, completion and template, tokenised as text."""
-        rows = [self.frame.framed(p, c) for p, c in zip(prompts.texts, completions, strict=True)]
+        rows = [self.frame.framed(p, c) for p, c in zip(prompts.chats, completions, strict=True)]
         if self.pad_id is not None:
             return self._score_rows(rows)
         r_B = torch.zeros(len(rows), device=self.device)
