@@ -75,7 +75,7 @@ class Frame:
 
     def framed(self, prompt: Prompt, completion: str) -> Framed:
         """Everything that the model is shown of a prompt and its completion. Raises `ConfigError` if it is too long."""
-        shown = self._shortened(prompt, self._longest)
+        shown = self.shown(prompt)
         made = self._framed(shown, completion)
         if self.limit is not None and len(made) > self.limit:  # the completion takes more than was kept free for it
             shown = self._shortened(shown, lambda text: len(self._framed(text, completion)))
@@ -85,7 +85,11 @@ class Frame:
 
     def around(self, prompt: Prompt) -> tuple[Framed, Framed]:
         """What stands before and after a completion of the prompt, whatever it says."""
-        return self._around(self._shortened(prompt, self._longest))
+        return self._around(self.shown(prompt))
+
+    def shown(self, prompt: Prompt) -> Prompt:
+        """What is left of a prompt that would be too long."""
+        return self._shortened(prompt, self._longest)
 
     # ------------------------------------------------------------------------------------------------ one text
     def _rendered(self, prompt: Prompt, completion: str) -> str:
