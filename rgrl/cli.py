@@ -124,6 +124,33 @@ def evaluate(words: list[str]) -> None:
     with_settings(evaluate, command, words)
 
 
+def data(words: list[str]) -> None:
+    """Print what a run would make of its data, as policy and reward models would see it, without loading weights.
+
+    Counts of rows, of what is left out or cut, lengths in tokens, how the guide is shown the policy's vocabulary, and
+    the first prompts (--first N, 3 by default) with their templates and numbers of tokens.
+    """
+    words, first = list(words), "3"
+    if "--first" in words:
+        at = words.index("--first")
+        first, words[at : at + 2] = (words[at + 1] if at + 1 < len(words) else ""), []
+    try:
+        number = at_least(0)(first)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--first {error}") from error
+
+    def command(config: "Config") -> None:
+        from rgrl.config import located
+        from rgrl.data.preview import preview
+
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ConfigError(f"data are shown in one process, and {processes} were started")
+        for text in preview(located(config), number):
+            say(text)
+
+    with_settings(data, command, words)
+
+
 def report(words: list[str]) -> None:
     """Show table, samples and plot of a run, finished or not.
 
@@ -273,6 +300,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": (WITH_SETTINGS, train),
     "sample": (WITH_SETTINGS, sample),
     "evaluate": (WITH_SETTINGS, evaluate),
+    "data": (f"{WITH_SETTINGS} [--first N]", data),
     "report": ("RUN [--output FILE.png]", report),
     "judge": ("RUN --judge PATH [--output FILE.csv]", judge),
     "export": ("RUN [--merge] [--checkpoint WHICH] [--output FOLDER] [--model PATH]", export),

@@ -45,7 +45,7 @@ from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
 from rgrl.folder import claim, not_ours
 from rgrl.folder import replace as replace_file
-from rgrl.header import header, what_runs
+from rgrl.header import data, header, what_runs
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import counts
 from rgrl.runtime.launch import join_processes
@@ -414,11 +414,15 @@ def open_checkpoint(config: Config) -> Run:
         check_start(folder, config)
     run = set_up(config, accelerator, resumed=folder is not None)
     if run.eval_prompts is None:
-        raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
+        raise ConfigError(
+            "evaluation prompts are required here: `data.eval_path`, `data.eval_split` or `data.eval_fraction`, with "
+            "`run.eval_steps` above 0"
+        )
     if folder is not None:
         check_compatible(folder, run.config, None, ("lora.targets",))
         check_model(folder, run.policy)
         load_adapter(folder, run.policy)
     if run.accelerator.is_main_process:
-        inform(f"{what_runs(run)}\nadapter: {folder or config.lora.path or 'none, the base model'}")
+        adapter = f"adapter: {folder or config.lora.path or 'none, the base model'}"
+        inform("\n".join([what_runs(run), *data(run), adapter]))
     return run

@@ -16,7 +16,7 @@ def check(c: Config) -> None:
     rows = c.run.prompts_per_device * c.rollout.num_generations
     rules = [
         (bool(c.model.path), "`model.path` is required: the folder or hub id of a diffusion LM"),
-        (bool(c.data.path), "`data.path` is required: a file of prompts"),
+        (bool(c.data.path or c.data.generate), "`data.path` is required: a file of prompts (or `data.generate`)"),
         (bool(c.run.output_dir), "`run.output_dir` is required: a folder for the results"),
         (bool(c.reward.path or c.reward.functions), "a reward is required: set `reward.path` or `reward.functions`"),
         (

@@ -24,6 +24,7 @@ from rgrl.config.kinds import (
     Whole,
     section,
 )
+from rgrl.config.template import pieces
 from rgrl.errors import ConfigError
 
 # Far beyond what anybody needs. A larger number is a slip, and would hang a run or fill its memory.
@@ -98,18 +99,82 @@ class LoraConfig:
 @section("data")
 class DataConfig:
     path: PathText = ""
-    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder written by
-    `datasets.save_to_disk`, or a Hub id. Required."""
-    eval_path: Maybe[PathText] = None
-    """Evaluation prompts, same forms. None: no evaluation."""
+    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder of such files or one
+    written by `datasets.save_to_disk`, or a Hub id. Required, but for `generate`."""
+    subset: Maybe[Text] = None
+    """Configuration of a Hub data set, such as `main` of `openai/gsm8k`. None: the only one."""
     split: Text = "train"
-    """Split of a Hub or saved data set."""
-    column: Text = "prompt"
-    """Column with the prompt: a string, or a list of chat messages (its first user turn is taken)."""
-    max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
-    """Limit in policy tokens, chat markers included; a longer prompt is an error."""
+    """Split of a Hub or saved data set; of `eval_path` too, where `eval_split` is not set."""
+    revision: Maybe[Revision] = None
+    """Branch, tag or commit of a data set of the Hub. None: its main branch."""
+    eval_path: Maybe[PathText] = None
+    """Evaluation prompts, same forms. None: those of `eval_split` or `eval_fraction`; without these no evaluation."""
+    eval_subset: Maybe[Text] = None
+    """Configuration of `eval_path`, where that is set."""
+    eval_split: Maybe[Text] = None
+    """Split to evaluate on, of `eval_path`, or of `path` where that is not set."""
+    eval_revision: Maybe[Revision] = None
+    """Branch, tag or commit of `eval_path`, where that is set."""
+    eval_fraction: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Fraction of the rows of `path` to hold out for evaluation, by the hash of the prompt's text: the same ones in any
+    order and number, and a text that stands twice is on one side. 0: none."""
     eval_prompts: Annotated[Whole, Ge(1), Le(MANY)] = 64
     """Number of evaluation prompts used (the first ones)."""
+    generate: Maybe[Literal["countdown", "sudoku4"]] = None
+    """Puzzles made from a seed, instead of `path`: the same ones anywhere (rgrl/data/puzzles.py)."""
+    generate_rows: Annotated[Whole, Ge(1), Le(10**7)] = 10000
+    """Number of puzzles, those of `eval_fraction` among them."""
+    generate_seed: Annotated[Whole, Ge(0), Lt(2**63)] = 0
+    """Their seed."""
+    column: Text = "prompt"
+    """Column with the prompt: a string, or a list of chat messages with `role` (system, user, assistant) and `content`.
+    Assistant turns at the end are left out: the prompt ends with the user's last turn."""
+    turns: Literal["all", "first_user"] = "all"
+    """What is taken of chat messages: `all` of them, which the templates of policy and reward models show alike, or
+    only the text of the first user turn."""
+    template: Maybe[Text] = None
+    """A user turn with columns of the row in braces, such as `"{question}\\nAnswer:"`, instead of `column`. Braces
+    themselves are doubled. Other values than text are written as JSON. None: `column`."""
+    system: Maybe[Text] = None
+    """System message put first. A chat that has one of its own keeps it."""
+    where: dict[Text, Anything] = field(default_factory=dict)
+    """Rows to keep, by column: the value that it must have, or a list of such values, as in `{language: English}`."""
+    max_rows: Maybe[Annotated[Whole, Ge(1), Le(MANY)]] = None
+    """Number of rows of `path` that are read at most (the first ones). None: all."""
+    deduplicate: Flag = False
+    """Keep the first of the rows whose prompts have the same text, and train on none that evaluation uses."""
+    min_prompt_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
+    """A prompt of fewer policy tokens is left out; chat markers do not count, and of a chat only the last turn does."""
+    max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
+    """Limit in policy tokens, chat markers included; see `too_long`."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """A longer prompt ends the run before it starts, is left out (`drop`), or loses its beginning (`truncate`): a chat
+    its oldest turns, but for the system's, and then the last turn its first characters. Policy and rewards are shown
+    the same rest. The run says how many."""
+    max_bad: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Fraction of bad rows (no JSON, no prompt text, nested too deeply ...) above which a run refuses to start. Fewer
+    are left out and counted."""
+
+    def __post_init__(self) -> None:
+        if self.path and self.generate is not None:
+            raise ConfigError(f"`data.path` ({self.path}) and `data.generate` ({self.generate}) are both set: set one")
+        check_pinned("data", self.path, self.revision)
+        for name in ("eval_subset", "eval_revision"):
+            if getattr(self, name) is not None and self.eval_path is None:
+                raise ConfigError(
+                    f"`data.{name}` is of `data.eval_path`, which is not set; `data.eval_split` alone is of `data.path`"
+                )
+        if self.eval_fraction and (self.eval_path is not None or self.eval_split is not None):
+            other = "eval_path" if self.eval_path is not None else "eval_split"
+            raise ConfigError(f"`data.eval_fraction` and `data.{other}` both name the evaluation prompts: set one")
+        if self.generate is not None and self.eval_path is None and self.eval_split is not None:
+            raise ConfigError("`data.eval_split`: generated puzzles have no splits; set `data.eval_fraction`")
+        if self.template is not None and not any(name for _, name in pieces(self.template)):
+            raise ConfigError(f"`data.template` names no column: {short(self.template)} would be every prompt")
+        for name, value in self.where.items():
+            values = value if isinstance(value, list) else [value]
+            if not values or any(isinstance(one, list | dict) for one in values):
+                raise ConfigError(f"`data.where.{name}` must be a value or a list of values, not {short(value)}")
 
 
 @section("reward")

@@ -14,6 +14,7 @@ from rgrl.errors import ConfigError
 
 # A code point that Unicode keeps for a program's own use: it stands for nothing in any text.
 BREAK = "\ufdd0"
+_SAID = "."  # ends what a turn of a trial says, so that none is the beginning of another
 # The day that templates are told which ask for it: a rollout must not depend on when it was made.
 DAY = datetime.datetime(2025, 1, 1)
 # In Jinja, as transformers hands nothing but plain data to a template. What it writes by itself is nothing.
@@ -112,3 +113,22 @@ def wants_parts(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> boo
         raise problem
     shown = "the prompt" if len(roles) == 1 else "the prompt and the answer"
     raise ConfigError(f"the chat template of {tokenizer.name_or_path} does not show {shown}")
+
+
+def check_shape(
+    tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], in_parts: bool = False, answer: bool = False
+) -> None:
+    """Raise `ConfigError` unless the template shows every turn of a chat of these roles once, in its order.
+
+    With `answer` the last turn is the answer, else one is to begin behind it. What a template leaves out, such as a
+    system turn, no model would be shown.
+    """
+    said = [f"{role} says {i}{_SAID}" for i, role in enumerate(roles)]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    text = render(tokenizer, turns, in_parts, answer=not answer)
+    lost = next((role for role, words in zip(roles, said, strict=True) if text.count(words) != 1), None)
+    places = [text.find(words) for words in said]
+    if lost is None and places == sorted(places):
+        return
+    problem = f"does not show the {lost} turn, once," if lost is not None else "changes the order"
+    raise ConfigError(f"the chat template of {tokenizer.name_or_path} {problem} of a chat ({', '.join(roles)})")

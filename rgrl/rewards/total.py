@@ -18,12 +18,11 @@ from rgrl.rewards.functions import (
     RewardFunction,
     as_rewards,
     call_function,
-    columns_of,
     misnamed,
     parameters,
 )
 from rgrl.seeds import global_state, set_global_state
-from rgrl.types import Prompts
+from rgrl.types import Prompts, SomePrompts
 
 TRIAL = ("The answer is 42.", "")  # completions that each function is tried on; a policy may write an empty one
 
@@ -63,7 +62,7 @@ class Rewards:
         rated_B = torch.stack([~r_B.isnan() for r_B in terms.values()]).any(0)
         return torch.stack(summands).sum(0).masked_fill(~rated_B, math.nan), terms
 
-    def try_out(self, training: Prompts, evaluation: Prompts | None = None) -> list[str]:
+    def try_out(self, training: SomePrompts, evaluation: SomePrompts | None = None) -> list[str]:
         """Call each function once on two completions: a bug shows before a run begins, whatever `on_error` says.
 
         The columns of both data sets are from now on those that functions may name. The global random state is put
@@ -71,7 +70,7 @@ class Rewards:
         """
         data = {"data.path": training} | ({} if evaluation is None else {"data.eval_path": evaluation})
         notes: list[str] = []
-        columns = {setting: columns_of(prompts.rows) for setting, prompts in data.items()}
+        columns = {setting: prompts.columns for setting, prompts in data.items()}
         self.columns = sorted(set().union(*columns.values()))
         for name, function in self.functions.items():
             own = self.settings.get(name, {})
