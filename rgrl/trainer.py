@@ -43,6 +43,7 @@ from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
 from rgrl.evaluation import Evaluation, sampler
 from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
+from rgrl.evaluation.intervals import intervals
 from rgrl.folder import claim, not_ours
 from rgrl.folder import replace as replace_file
 from rgrl.header import header, what_runs
@@ -376,6 +377,11 @@ def evaluate(config: Config) -> Evaluation:
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     rows = [row for result in results for row in result.rows]
     tell_failures(run)
+    found = [
+        result for evaluator, result in zip(run.evaluators, results, strict=True) if isinstance(evaluator, HeldOut)
+    ]
+    for result in found if shown else []:
+        inform(intervals(result.rows))
     word = next((row["top_word"] for row in rows if row.get("top_word") is not None), None)
     if shown and word is not None:
         inform(f"the content word that the most completions hold (eval/top_word): {word}")
@@ -404,7 +410,7 @@ def sample(config: Config) -> Iterator[dict]:
 
 
 def tell_failures(run: Run) -> None:
-    """Warn of calls of a Python reward that failed and gave 0 (`reward.on_error: zero`), the first of each, and forget."""
+    """Warn of calls of a Python reward that failed and gave 0 (`reward.on_error: zero`), the first of each."""
     for name, problem in dict(reversed(run.rewards.failures)).items():
         warn(f"reward {name!r} {problem}; its completions got 0 (reward.on_error)")
     run.rewards.failures.clear()

@@ -146,10 +146,13 @@ def _other_evaluation(folder: Path, config: Config) -> list[str]:
     saved = settings_of(folder)
     before = to_dict(Config().eval) | saved.get("eval", {})
     names = [f"`eval.{name}`" for name, value in to_dict(config.eval).items() if before[name] != value]
-    at = [own if own is not None else rollout for own, rollout in (
-        (before["temperature"], saved["rollout"].get("temperature", Config().rollout.temperature)),
-        (config.eval.temperature, config.rollout.temperature),
-    )]
+    at = [
+        own if own is not None else rollout
+        for own, rollout in (
+            (before["temperature"], saved["rollout"].get("temperature", Config().rollout.temperature)),
+            (config.eval.temperature, config.rollout.temperature),
+        )
+    ]
     return [name for name in names if name != "`eval.temperature`" or at[0] != at[1]]
 
 

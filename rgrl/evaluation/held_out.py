@@ -122,7 +122,9 @@ class HeldOut:
         metrics |= self._of_parts(rows)
         if guided:
             first = {row["index"]: row["reward"] for row in rows if row["sample"] == 0}
-            both = [(first[i], after) for i, after in sorted(guided.items()) if first[i] is not None and after is not None]
+            both = [
+                (first[i], after) for i, after in sorted(guided.items()) if first[i] is not None and after is not None
+            ]
             metrics["guidance/reward_before"] = _mean([before for before, _ in both])
             metrics["guidance/reward_after"] = _mean([after for _, after in both])
         if self.judge is not None:
