@@ -182,9 +182,9 @@ def report(words: list[str]) -> None:
 def judge(words: list[str]) -> None:
     """Score a run's saved completions with another judge, and print a table by step.
 
-    Beside the run's own reward and judge it shows the mean of this one over the held-out prompts, with its 95 %
-    interval, and its change since the first evaluation, prompt by prompt. The run need not have ended; nothing of it is
-    changed.
+    Beside the run's own reward, its parts, and its judge it shows the mean of this one over the held-out prompts, with
+    its 95 % interval, and its change since the first evaluation, prompt by prompt. The run need not have ended; nothing
+    of it is changed.
     """
     parser = parser_of(judge)
     parser.add_argument("run", metavar="RUN", type=a_path, help="its output folder (`run.output_dir`)")

@@ -17,7 +17,7 @@ from rgrl.console import warn
 from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit, load_data
 from rgrl.data.lengths import check_shapes
 from rgrl.errors import ConfigError
-from rgrl.evaluation import Evaluator
+from rgrl.evaluation import Evaluator, noise_of, sampler
 from rgrl.evaluation.held_out import HeldOut
 from rgrl.folder import Owner
 from rgrl.hub import resolved_revision
@@ -33,7 +33,7 @@ from rgrl.rollout import Guidance, generate
 from rgrl.rollout.guidance import Guide, guidance_at
 from rgrl.rollout.sampling import sampled_logp
 from rgrl.runtime.launch import shard_size
-from rgrl.seeds import generators, seed_globals
+from rgrl.seeds import generator, seed_globals
 from rgrl.types import Prompt, Prompts, Rollout, SomePrompts
 
 
@@ -82,10 +82,18 @@ class Run:
         """What that reward counts within the term: the model's weight in the sum of rewards."""
         return self.config.reward.weight if self.config.gradient.of == "reward" else 1.0
 
-    def generate(self, prompts: Prompts, numbers: Sequence[int], guidance: Guidance | None = None) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        numbers: Sequence[int],
+        guidance: Guidance | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Rollout:
         """Completions for evaluation (`rgrl.evaluation.Generate`)."""
-        seeds = generators(self.config.run.seed, 0, numbers, "eval")
-        return generate(self.policy, prompts, self.config.rollout, seeds, guidance)
+        which = samples if samples is not None else [0] * len(numbers)
+        seed = self.config.run.seed
+        seeds = [generator(seed, 0, i, noise_of("eval", s)) for i, s in zip(numbers, which, strict=True)]
+        return generate(self.policy, prompts, sampler(self.config), seeds, guidance)
 
 
 def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> Run:
@@ -102,6 +110,7 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     start = read_start(config.lora) if config.lora.path is not None and not resumed else None
     prompts, evaluation = load_data(config.data, evaluates=config.run.eval_steps > 0)
     rewards = load_functions(config.reward)
+    check_passes(config, rewards)
     for note in rewards.try_out(prompts, evaluation):  # before anything that takes long
         if accelerator.is_main_process:
             warn(note)
@@ -145,6 +154,13 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
     return run
+
+
+def check_passes(config: Config, rewards: Rewards) -> None:
+    """Raise `ConfigError` where `eval.passes` names a reward that the run does not have."""
+    known = [*([config.reward.name] if config.reward.path is not None else []), *rewards.functions]
+    if odd := [name for name in config.eval.passes if name not in known]:
+        raise ConfigError(f"`eval.passes.{odd[0]}`: no reward of this run has this name; known: {', '.join(known)}")
 
 
 def bind_guides(

@@ -26,6 +26,7 @@ from rgrl.runtime.skipped import keep_batch
 from rgrl.seeds import generators
 from rgrl.setup import Run
 from rgrl.terms import Batch, Scored, Term, objective_gradient, prepare, reward_term_gradient, what_came_true
+from rgrl.tracking.columns import data_columns, or_none, parts_of
 from rgrl.types import Prompts, Rollout
 
 
@@ -64,7 +65,8 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
     if run.coverage is not None and (guided_B.any() or run.gradient_model is not None):
         metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
-    return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)
+    scored = prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics
+    return Scored(*scored, guided_B)
 
 
 def retokenised(run: Run, prompts: Prompts, rollout: Rollout, completions: list[str]) -> float:
@@ -165,8 +167,15 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, place: tuple[int, int],
 
 
 def completion_rows(scored: Scored) -> list[dict]:
-    """This rank's completions as rows of a table; a completion without a reward has None there."""
-    rewards = [None if math.isnan(r) else r for r in scored.reward_B.tolist()]
-    columns = scored.prompts.texts, scored.completions, rewards, scored.advantage_B.tolist()
-    names = ("prompt", "completion", "reward", "advantage")
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    """This rank's completions as rows of a table, with the parts of their reward and the columns of the data.
+
+    A completion without a reward has None there.
+    """
+    B = len(scored.completions)
+    guided = scored.guided_B.tolist() if scored.guided_B is not None else [False] * B
+    columns = scored.prompts.texts, scored.completions, guided, or_none(scored.reward_B), scored.advantage_B.tolist()
+    names = ("prompt", "completion", "guided", "reward", "advantage")
+    own = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    parts = parts_of(scored.terms) if scored.terms else [{}] * B
+    data = [data_columns(row, text) for row, text in zip(scored.prompts.rows, scored.prompts.texts, strict=True)]
+    return [row | part | more for row, part, more in zip(own, parts, data, strict=True)]

@@ -52,6 +52,7 @@ class Scored:
     terms: dict[str, Tensor]  # r_B of each term of the reward, unweighted
     advantage_B: Tensor
     metrics: dict[str, float]
+    guided_B: Tensor | None = None  # bool, which completions were steered; None: none
 
 
 @dataclass

@@ -38,6 +38,16 @@ def check(c: Config) -> None:
             "`gradient.of: guide` needs a model with a gradient: set `reward.path` or `guidance.path`",
         ),
         (
+            c.rollout.temperature > 0,
+            "`rollout.temperature` must be above 0, not 0: training samples; `eval.temperature: 0` evaluates greedily",
+        ),
+        (
+            not (c.eval.temperature == 0 and c.eval.samples > 1 and c.rollout.confidence != "origin")
+            or c.rollout.position_temperature > 0,
+            f"`eval.samples` ({c.eval.samples}) must be 1 with `eval.temperature: 0`, which writes the same completion "
+            "every time",
+        ),
+        (
             rows <= MOST_ROWS,
             f"{rows:,} rows a process (`run.prompts_per_device` x `rollout.num_generations`) are more than the "
             f"{MOST_ROWS:,} that a step can have",

@@ -234,6 +234,21 @@ class JudgeConfig:
         check_pinned("judge", self.path, self.revision)
 
 
+@section("eval")
+class EvalConfig:
+    temperature: Maybe[Annotated[Number, Ge(0), Le(1e4)]] = None
+    """Temperature of evaluations and of `rgrl sample`. None: `rollout.temperature`. 0: greedy, the most likely token at
+    each place, under guidance that of the guided logits; places are then ranked at temperature 1, as the authors of
+    Dream and LLaDA do. Paper: 0.7."""
+    samples: Annotated[Whole, Ge(1), Le(4096)] = 1
+    """Completions of each evaluation prompt, from which `eval/rewards/<name>/pass_at_<k>` is computed for 1, 2, 4, ...
+    and this number. Every other number of an evaluation is over all of them. The first is the same whatever this is."""
+    passes: dict[Text, Number] = field(default_factory=dict)
+    """From which value on a reward counts as passed: its name (a function's is that after the colon) -> value. A
+    function of `reward.functions` that is not named here counts at 1, as long as it gives numbers from 0 to 1 only;
+    others, and a reward model, have no pass."""
+
+
 @section("rollout")
 class RolloutConfig:
     num_generations: Annotated[Whole, Ge(1), Le(4096)] = 4
@@ -242,8 +257,9 @@ class RolloutConfig:
     """C, mask tokens appended to each prompt. Paper: 128."""
     steps: Annotated[Whole, Ge(1), Le(10**6)] = 128
     """T, denoising steps, 1 ... C. Paper: 128."""
-    temperature: Annotated[Number, Gt(0), Le(1e4)] = 0.9
-    """Sampling temperature, > 0. Paper: 0.9 in training, 0.7 at test time."""
+    temperature: Annotated[Number, Ge(0), Le(1e4)] = 0.9
+    """Sampling temperature, > 0 in a run; `eval.temperature` is that of its evaluations. From Python 0 takes the most
+    likely token everywhere. Paper: 0.9 in training, 0.7 at test time."""
     top_p: Annotated[Number, Gt(0), Le(1)] = 0.95
     """Nucleus: smallest set of tokens with this probability, in (0, 1]. Paper: 0.95."""
     top_k: Annotated[Whole, Ge(0), Le(MANY)] = 50
@@ -521,6 +537,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -448,7 +448,7 @@ def test_commands_as_functions_check_what_they_are_handed(command, tmp_path):
         command(Config(**needed, reward=RewardConfig("r")))
     config = load_config(REPO / "recipes/reviews/rgrl.yaml", ["--run.output_dir", str(tmp_path / "run")])
     config.rollout.temperature = -1.0
-    with pytest.raises(ConfigError, match=r"`rollout.temperature` must be above 0, not -1.0"):
+    with pytest.raises(ConfigError, match=r"`rollout.temperature` must be at least 0, not -1.0"):
         command(config)
     assert not (tmp_path / "run").exists()
 
