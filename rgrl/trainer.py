@@ -406,8 +406,8 @@ def sample(config: Config) -> Iterator[dict]:
         tell_failures(run)
         rows = completion_rows(scored)
         for j in range(0, len(rows), G):
-            group = [{"index": i + j // G} | row for row in rows[j : j + G]]
-            yield from sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+            of_one = [{"index": i + j // G} | row for row in rows[j : j + G]]
+            yield from sorted(of_one, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
 def tell_failures(run: Run) -> None:
