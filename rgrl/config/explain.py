@@ -101,7 +101,7 @@ def explain(error: ValidationError, prefix: str, sections: Mapping[str, type]) -
     """The first problem of a section called `prefix`, or of all sections where that is empty."""
     found = error.errors(include_url=False)[0]
     kind, value = found["type"], found.get("input")
-    parts = [part for part in found["loc"] if part != "[key]"]
+    parts = [part for part in found["loc"] if part not in ("[key]", "[number]", "[mapping]")]
     if prefix and parts and isinstance(parts[0], int):  # given by position
         parts[0] = list(sections[prefix].__annotations__)[parts[0]]
     key = ".".join(map(str, [prefix] * bool(prefix) + parts))

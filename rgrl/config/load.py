@@ -6,6 +6,7 @@ presets.py), or a list of both, of which later ones win. Scalars stay text here,
 what is wrong and what would be right.
 """
 
+import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,9 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         raise ConfigError(f"--{key}: `{name}` is a value, not a section")
     if entry:
         inner = typing.get_args(kinds[name])[1]
+        if any(dataclasses.is_dataclass(kind) for kind in typing.get_args(inner)):
+            node[name] = _with_part(node.get(name), entry, parse(text, f"--{key}"))
+            return
         value: Any = parse(text, f"--{key}") if inner is Any or typing.get_origin(inner) is dict else text
         found = node.get(name)
         known: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -166,6 +170,25 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         node[name] = parse(text, f"--{key}")
     else:
         node[name] = Null(text) if text in _NULLS else text
+
+
+def _with_part(parts: Any, entry: str, value: Any) -> dict[str, Any]:
+    """A mapping such as `reward.functions` with `entry` set: a name, or a name and keys of its mapping.
+
+    A name may be a dotted path, `package.module:function`, which ends at the next dot after its colon.
+    """
+    module, colon, rest = entry.partition(":")
+    first, _, keys = rest.partition(".") if colon else entry.partition(".")
+    first, known = f"{module}:{first}" if colon else first, parts if isinstance(parts, dict) else {}
+    if not keys:
+        return known | {first: value}
+    found = known.get(first, {})
+    found = dict(found) if isinstance(found, dict) else {"weight": found}
+    key, _, below = keys.partition(".")
+    if below:
+        inner = found.get(key)
+        value = (inner if isinstance(inner, dict) else {}) | {below: value}
+    return known | {first: found | {key: value}}
 
 
 # ------------------------------------------------------------------------------------------------ YAML

@@ -5,11 +5,13 @@ one of another section is in rules.py. A section that is made with a bad value r
 """
 
 import dataclasses
+import difflib
 import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from rgrl.config.explain import short
 from rgrl.config.kinds import (
@@ -177,6 +179,52 @@ class DataConfig:
                 raise ConfigError(f"`data.where.{name}` must be a value or a list of values, not {short(value)}")
 
 
+@section("reward.functions.*", listed=False)
+class PartConfig:
+    """A function of the reward with more than its weight."""
+
+    weight: Number = 1.0
+    """Its weight in the sum of rewards."""
+    function: Maybe[Text] = None
+    """The function, as the keys of `reward.functions` are, where its key there is another name. None: the key."""
+    name: Maybe[Text] = None
+    """Its name in `rewards/<name>/mean`. None: that of the function, or the key where `function` is set."""
+    settings: dict[Text, Anything] = field(default_factory=dict)
+    """Its own settings, as in `reward.settings`."""
+    time_limit: Maybe[Annotated[Number, Ge(0), Le(1e7)]] = None
+    """Seconds of one call, instead of `reward.time_limit`; of `math` and `pattern`, which have a process of their own,
+    seconds of one completion, after which it gets None (defaults 5 and 1)."""
+    clip: Maybe[list[Number]] = None
+    """Lowest and highest value; what is beyond counts as that. Before the weight."""
+    normalise: Flag = False
+    """Advantages see it as its distance from the mean of the group (completions of one prompt), in standard deviations
+    of the group (GDPO, arXiv 2601.05242), so that functions of any scale weigh alike. A group is always on one process,
+    so no number depends on how a step is divided. The rewards shown stay as they were."""
+    only_if: Maybe[Text] = None
+    """Name of another part of the reward; this one is paid only where that one pays more than 0, and is 0 elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_clip("reward.functions.*.clip", self.clip)
+
+
+PART_KEYS = tuple(f.name for f in dataclasses.fields(PartConfig))
+Part = Annotated[
+    Annotated[Number, Tag("[number]")] | Annotated[PartConfig, Tag("[mapping]")],
+    Discriminator(lambda value: "[mapping]" if isinstance(value, dict | PartConfig) else "[number]"),
+]
+
+
+def read_parts(value: Any) -> Any:
+    """Refuse unknown keys by the name of their function. Raises `ConfigError`."""
+    for name, part in value.items() if isinstance(value, dict) else ():
+        for key in part if isinstance(part, dict) else ():
+            if key not in PART_KEYS:
+                near = difflib.get_close_matches(str(key), PART_KEYS, n=1, cutoff=0.6)
+                meant = f"did you mean `{near[0]}`?" if near else f"a function has {', '.join(PART_KEYS)}"
+                raise ConfigError(f"unknown key `reward.functions.{str(name)[:80]}.{str(key)[:80]}`; {meant}")
+    return value
+
+
 @section("reward")
 class RewardConfig:
     path: Maybe[PathText] = None
@@ -189,18 +237,30 @@ class RewardConfig:
     """Its name in `rewards/<name>/mean`."""
     weight: Number = 1.0
     """Its weight in the sum of rewards."""
+    clip: Maybe[list[Number]] = None
+    """Lowest and highest score of that model that counts. Like the next two it shapes what is learned from, not what
+    guides; they are explained at `reward.functions` (docs/verifiers.md)."""
+    normalise: Flag = False
+    """Advantages see its score in standard deviations of the group."""
+    only_if: Maybe[Text] = None
+    """It is paid only where the part of this name pays more than 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
     max_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
     """Longest text that it is shown, in its tokens, template included. 0: as many as it has positions for. A longer
     text loses the beginning of its prompt, which `rewards/<name>/cut` counts. Also for a guide of its own."""
-    functions: dict[Text, Number] = field(default_factory=dict)
-    """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
+    functions: Annotated[dict[Text, Part], BeforeValidator(read_parts)] = field(default_factory=dict)
+    """Verifiers by name (`numeric`, `exact`, `math`, `countdown`, `sudoku`, `tags`, `pattern`, `length`, `repetition`:
+    docs/verifiers.md) and plain Python rewards by dotted path `package.module:function` -> weight, or a mapping with
+    `weight`, `function`, `name`, `settings`, `time_limit`, `clip`, `normalise`, `only_if`. Python is called as
     `function(prompts, completions, rows)`, or by name with columns of the data, as `function(completions, answer)`
     (rgrl/rewards/functions.py), and returns one number a completion, or None for no reward from this one: the sum
     leaves it out, and a completion that gets none at all is left out of its group."""
     settings: dict[Text, dict[Text, Anything]] = field(default_factory=dict)
     """Settings of functions: function's name (after the colon) -> parameter -> value."""
+    max_bad: Annotated[Number, Ge(0), Le(1)] = 0.0
+    """Fraction of rows of the data that a verifier may fail to read, such as an answer that is no number; above it a
+    run does not start. Those rows give no reward from it. An empty (null) answer is none to read, and does not count."""
     time_limit: Annotated[Number, Ge(0), Le(1e7)] = 300.0
     """Seconds that one call of a function may take before it is interrupted, the trial at a run's start too. 0: no
     limit. Native code that cannot be interrupted ends the process 30 seconds later, and prints where it hangs."""
@@ -217,6 +277,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_pinned("reward", self.path, self.revision)
+        check_clip("reward.clip", self.clip)
 
 
 @section("judge")
@@ -545,6 +606,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check_clip(key: str, clip: list[float] | None) -> None:
+    """Refuse what is no pair of a lower and a higher limit. Raises `ConfigError`."""
+    if clip is not None and (len(clip) != 2 or clip[0] >= clip[1]):
+        raise ConfigError(f"`{key}` must be a lower and a higher limit, such as [-1, 1], not {clip}")
 
 
 def check_pinned(section: str, path: str | None, revision: str | None) -> None:
