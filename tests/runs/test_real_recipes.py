@@ -12,51 +12,60 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import yaml
 from bench import make_tokenizer
 from checkpoints import REPO
 from hours import SIZES, hours
 from processes import finish, launch_file, start
 from published import DREAM, POLICIES, REWARDS, WEIGHTS, write_tiny
-from training import tables
+from training import tables, write
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForSequenceClassification
 
-from rgrl.config import load_config
+from rgrl.config import load_config, presets
+from rgrl.data import load_data
 from rgrl.models.families import find_family
 from rgrl.models.families.fields import check_fields
 from rgrl.models.lora import expand_targets, find_layers
 from rgrl.models.policy import Policy
+from rgrl.rewards.total import load_functions
 from rgrl.tracking import read_metrics
 from rgrl.trainer import train
+from rgrl.types import turns_of
 
 FOLDERS = ("dream_7b", "llada_8b", "qwen3_0p6b_a2d")
 RECIPES = sorted(path for folder in FOLDERS for path in (REPO / "recipes" / folder).glob("*.yaml"))
+NEEDED = {"model": {"path": "a"}, "reward": {"path": "c"}, "run": {"output_dir": "d"}}
 BITS = importlib.util.find_spec("bitsandbytes") is not None
 
 CHAT = [{"role": "user", "content": "Write about {}."}, {"role": "assistant", "content": "No."}]
 CHAT += [{"role": "user", "content": "Please."}, {"role": "assistant", "content": "Never."}]
-MATH = {"level": "Level 1", "type": "Algebra", "solution": r"so $\boxed{\frac{1}{2}}$", "id": "a/1"}
-# Preset -> a row of each split that it reads, by the columns of the data set. `{}` is the row's number.
+LMSYS = {"conversation_id": "a{}", "model": "vicuna-13b", "conversation": CHAT, "turn": 2, "redacted": False}
+GSM8K = {"question": "Ann has {} apples and buys 2. How many?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
+MATH = {"problem": "Solve $2x = {}$.", "level": "Level 1", "type": "Algebra", "id": "algebra/{}.json"}
+MATH |= {"solution": r"So $x = \boxed{\frac{1}{2}}$.", "expected_answer": r"\frac{1}{2}"}
+# Preset -> a row of each split that it reads, by the columns of the data set. `{}` in a text is the row's number.
 ROWS: dict[str, dict[str, dict]] = {
     "wildchat_if": {
         "train": {"id": "a{}", "prompt": "Write about {}.", "chosen": CHAT, "rejected": CHAT, "source": "wildchat"}
     },
-    "lmsys_chat": {
-        "train": {"conversation_id": "a{}", "model": "vicuna-13b", "conversation": CHAT, "turn": 2}
-        | {"language": "English", "openai_moderation": [{"flagged": False}], "redacted": False}
-    },
+    "lmsys_chat": {"train": {**LMSYS, "language": "English", "openai_moderation": [{"flagged": False}]}},
     "magpie_ultra": {"train": {"messages": CHAT, "category": "math", "difficulty": "easy", "quality": "good"}},
-    "gsm8k": {
-        split: {
-            "question": "Ann has {} apples and buys 2. How many has she now?",
-            "answer": "2 + 3 = <<2+3=5>>5\n#### 5",
-        }
-        for split in ("train", "test")
-    },
-    "math500": {
-        split: {"problem": "Solve $2x = {}$.", **MATH, "expected_answer": r"\frac{1}{2}"}
-        for split in ("train", "math500")
-    },
+    "gsm8k": {"train": GSM8K, "test": GSM8K},
+    "math500": {"train": MATH, "math500": MATH, "test": MATH},
 }
+# The same -> what its verifier pays for, and what not.
+ANSWERS = {
+    "gsm8k": (lambda row: "So it is 5.\n#### 5", lambda row: "So it is 6.\n#### 6"),
+    "math500": (lambda row: r"Thus $\boxed{\dfrac12}$", lambda row: r"Thus $\boxed{\frac{1}{3}}$"),
+    "countdown": (lambda row: f"<answer>{row['solution']}</answer>", lambda row: "<answer>1 + 1</answer>"),
+    "sudoku4": (lambda row: f"<answer>{row['solution']}</answer>", lambda row: f"<answer>{'1234' * 4}</answer>"),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache_of_data_sets(tmp_path, monkeypatch):
+    """Where `datasets` keeps what it has read: not the user's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def filled(value, number: int):
@@ -69,15 +78,63 @@ def filled(value, number: int):
 
 
 def write_rows(preset: str, folder: Path, count: int = 8) -> list[str]:
-    """A saved data set in that preset's columns; returns the overrides that name it in place of the Hub's."""
+    """A data set in that preset's columns, laid out like the Hub's; returns the overrides that name it instead."""
     if preset not in ROWS:
-        return ["--data.generate_rows", "40"]
-    splits = {
-        split: datasets.Dataset.from_list([filled(row, i if split == "train" else i + 100) for i in range(count)])
-        for split, row in ROWS[preset].items()
+        return ["--data.generate_rows", str(10 * count)]
+    rows = {
+        split: datasets.Dataset.from_list([filled(row, 1000 * k + i) for i in range(count)])
+        for k, (split, row) in enumerate(ROWS[preset].items())
     }
-    datasets.DatasetDict(splits).save_to_disk(folder)
-    return ["--data.path", str(folder), "--data.subset", "null"]
+    subset = load_config(write(NEEDED | {"extends": preset}, folder.parent / "preset.yaml")).data.subset
+    if subset is None:
+        datasets.DatasetDict(rows).save_to_disk(folder)
+        return ["--data.path", str(folder)]
+    folder.mkdir()
+    files = [{"split": split, "path": f"{subset}/{split}-*"} for split in rows]
+    other = [{"split": "train", "path": "other/train-*"}]
+    configs = [{"config_name": subset, "data_files": files}, {"config_name": "other", "data_files": other}]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    for split, table in rows.items():
+        table.to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
+    next(iter(rows.values())).to_parquet(folder / "other" / "train-00000-of-00001.parquet")
+    return ["--data.path", str(folder)]
+
+
+# --------------------------------------------------------------------------------------------------------- presets
+@pytest.mark.parametrize("name", presets.names())
+def test_a_preset_reads_its_columns_and_scores_by_them(name, tmp_path):
+    words = write_rows(name, tmp_path / "rows", 40)
+    config = load_config(write(NEEDED | {"extends": name}, tmp_path), words)
+    training, evaluation = load_data(config.data)
+    assert len(training) >= 30 and evaluation is not None and len(evaluation) >= 1
+    assert training.tally.bad == 0 and not {*training.texts} & {*evaluation.texts}
+    shown, row = turns_of(training.take([0]).chats[0]), training.rows[0]
+    assert [turn["role"] for turn in shown] == (["system", "user"] if config.data.system else ["user"])
+    if name not in ANSWERS:
+        assert re.fullmatch(r"Write about \d+\.", shown[-1]["content"]) and config.data.eval_fraction > 0
+        return
+    if name in ROWS:
+        assert shown[-1]["content"] == row["question" if name == "gsm8k" else "problem"]
+        number = {int(re.search(r"\d{4}", text)[0]) // 1000 for text in evaluation.texts}
+        assert number == {1}, "evaluates on another split"
+    if name == "math500" and importlib.util.find_spec("math_verify") is None:
+        pytest.skip("needs math-verify")
+    rewards = load_functions(config.reward)
+    assert not rewards.try_out(training, evaluation)
+    for prompts in (training.take(range(5)), evaluation.take([0])):
+        for answer, paid in zip(ANSWERS[name], (1.0, 0.0), strict=True):
+            total_B, _ = rewards.score(prompts, [answer(row) for row in prompts.rows])
+            assert total_B.tolist() == [paid] * len(prompts)
+
+
+def test_lmsys_is_read_in_english_alone(tmp_path):
+    write_rows("lmsys_chat", tmp_path / "rows", 40)
+    rows = datasets.load_from_disk(tmp_path / "rows")["train"]
+    mixed = rows.map(lambda row, i: row | {"language": ["English", "German"][i % 2]}, with_indices=True)
+    datasets.DatasetDict({"train": mixed}).save_to_disk(tmp_path / "mixed")
+    words = ["--data.path", str(tmp_path / "mixed"), "--data.eval_fraction", "0"]
+    training, _ = load_data(load_config(write(NEEDED | {"extends": "lmsys_chat"}, tmp_path), words).data)
+    assert {row["language"] for row in training.rows} == {"English"} and training.tally.elsewhere == 20
 
 
 # ------------------------------------------------------------------------------------------------------- full size
@@ -173,7 +230,7 @@ def check_step(output: Path, config) -> None:
     line = next(line for line in read_metrics(output / "metrics.jsonl") if "loss" in line)
     assert line["update/skipped"] == 0 and line["grad_norm"] > 0
     saved = output / "checkpoints" / "step_000001"
-    group = torch.load(saved / "state.pt", weights_only=True)["param_groups"][0]
+    group = torch.load(saved / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]
     assert list(group["betas"]) == config.optim.betas and group["weight_decay"] == config.optim.weight_decay
     rows = tables(output)["train_000001.parquet"]
     assert len(rows) % config.rollout.num_generations == 0 and all(row["reward"] is not None for row in rows)
