@@ -53,7 +53,13 @@ def evaluate(tokens: list[str]) -> Fraction:
         if sign == "/" and right == 0:
             raise NoExpressionError("division by 0")
         values.append(
-            left + right if sign == "+" else left - right if sign == "-" else left * right if sign == "*" else left / right
+            left + right
+            if sign == "+"
+            else left - right
+            if sign == "-"
+            else left * right
+            if sign == "*"
+            else left / right
         )
 
     expects_value = True
