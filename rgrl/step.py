@@ -54,7 +54,8 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
         reward_B, terms = run.rewards.score(prompts, completions)
-        advantage_B = in_groups(run.algorithm.advantage, reward_B, G, config.objective)
+        compared_B = run.rewards.for_advantages(reward_B, terms, G)
+        advantage_B = in_groups(run.algorithm.advantage, compared_B, G, config.objective)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, terms, G)
     metrics["entropy"] = fraction(accelerator, stats.entropy, stats.committed)
     if guided_B.any():

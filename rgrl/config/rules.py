@@ -48,6 +48,11 @@ def check(c: Config) -> None:
             "every time",
         ),
         (
+            c.rollout.num_generations > 1
+            or not any(getattr(part, "normalise", False) for part in (c.reward, *c.reward.functions.values())),
+            "`normalise` compares the completions of a group: set `rollout.num_generations` to at least 2",
+        ),
+        (
             rows <= MOST_ROWS,
             f"{rows:,} rows a process (`run.prompts_per_device` x `rollout.num_generations`) are more than the "
             f"{MOST_ROWS:,} that a step can have",

@@ -260,7 +260,7 @@ class RewardConfig:
     """Settings of functions: function's name (after the colon) -> parameter -> value."""
     max_bad: Annotated[Number, Ge(0), Le(1)] = 0.0
     """Fraction of rows of the data that a verifier may fail to read, such as an answer that is no number; above it a
-    run does not start. Those rows give no reward from it. An empty (null) answer is none to read, and does not count."""
+    run does not start. Those rows give no reward from it. An empty (null) answer does not count."""
     time_limit: Annotated[Number, Ge(0), Le(1e7)] = 300.0
     """Seconds that one call of a function may take before it is interrupted, the trial at a run's start too. 0: no
     limit. Native code that cannot be interrupted ends the process 30 seconds later, and prints where it hangs."""

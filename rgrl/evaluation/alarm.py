@@ -190,5 +190,7 @@ def basis(config: Config, fingerprints: dict[str, Any]) -> str:
     settings = [reward[key] for key in ("weight", "dtype", "max_length", "functions", "on_error")]
     settings += [judge["dtype"], judge["max_length"], *([reward["settings"]] if reward["settings"] else [])]
     settings += [config.eval.samples] if config.eval.samples > 1 else []  # more text has fewer distinct words
+    if reward["clip"] or reward["only_if"]:
+        settings += [reward["clip"], reward["only_if"]]
     rollout = {key: value for key, value in rollout.items() if key != "micro_batch"}
     return hashlib.sha256(json.dumps([models, settings, rollout], sort_keys=True).encode()).hexdigest()

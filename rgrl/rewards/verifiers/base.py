@@ -84,8 +84,9 @@ class Verification:
         """
         total = len(prompts)
         chosen = list(range(total)) if total <= MOST_ROWS_READ else _spaced(total, MOST_ROWS_READ)
-        needed, seen, known = set(self.verifier.columns(self.settings)), set(), set()
-        bad, first = 0, ""
+        needed, bad, first = set(self.verifier.columns(self.settings)), 0, ""
+        seen: set[str] = set()
+        known: set[str] = set()
         for i, row in _rows(prompts, chosen):
             known.update(row)
             seen.update(name for name in needed if row.get(name) is not None)

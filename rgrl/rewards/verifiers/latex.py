@@ -14,13 +14,13 @@ from rgrl.rewards.verifiers.base import BadRowError, Job, Verifier, as_text, own
 LONGEST, DEEPEST, MOST_DIGITS = 500, 20, 100
 # Those of final answers. Integrals, sums, limits and definitions of commands are not among them.
 COMMANDS = frozenset(
-    "frac dfrac tfrac cfrac sqrt pi theta alpha beta gamma delta lambda mu phi omega sigma epsilon infty cdot times div "
-    "pm mp left right big Big bigg Bigg text textbf textit textrm mathrm mathbf mathit mathbb mathcal mbox "
-    "operatorname boxed fbox displaystyle le leq leqslant lt ge geq geqslant gt ne neq in notin cup cap setminus emptyset "
-    "varnothing subset subseteq begin end binom dbinom tbinom log ln lg exp sin cos tan cot sec csc arcsin arccos arctan "
-    "sinh cosh tanh max min gcd lcm deg circ degree angle triangle overline overrightarrow vec hat bar lfloor rfloor "
-    "lceil rceil lvert rvert vert langle rangle lbrace rbrace lbrack rbrack ldots dots cdots quad qquad mod bmod pmod to "
-    "rightarrow approx equiv sim cong land lor mid perp parallel space".split()
+    "frac dfrac tfrac cfrac sqrt pi theta alpha beta gamma delta lambda mu phi omega sigma epsilon infty cdot times "
+    "div pm mp left right big Big bigg Bigg text textbf textit textrm mathrm mathbf mathit mathbb mathcal mbox "
+    "operatorname boxed fbox displaystyle le leq leqslant lt ge geq geqslant gt ne neq in notin cup cap setminus "
+    "emptyset varnothing subset subseteq begin end binom dbinom tbinom log ln lg exp sin cos tan cot sec csc arcsin "
+    "arccos arctan sinh cosh tanh max min gcd lcm deg circ degree angle triangle overline overrightarrow vec hat bar lfloor rfloor "
+    "lceil rceil lvert rvert vert langle rangle lbrace rbrace lbrack rbrack ldots dots cdots quad qquad mod bmod "
+    "pmod to rightarrow approx equiv sim cong land lor mid perp parallel space".split()
 )
 ENVIRONMENTS = frozenset("matrix pmatrix bmatrix vmatrix smallmatrix array cases".split())
 _COMMAND = re.compile(r"\\([A-Za-z]+)")

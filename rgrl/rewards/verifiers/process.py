@@ -45,7 +45,7 @@ class Process:
                 self.close()
                 raise
             value = answer.get("value")
-            return None if value is None else float(value)
+            return float(value) if isinstance(value, int | float) else None
         return None
 
     def _start(self, kind: str) -> None:

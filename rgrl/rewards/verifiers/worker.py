@@ -1,8 +1,8 @@
 """Checks that may hang, in a process that imports nothing of rgrl. Run as a script; it reads jobs from its input.
 
 The process itself only waits. It forks a child that does the jobs, and kills it where one takes too long; another fork
-takes milliseconds, as what it needs is imported already. Each line is JSON: `id`, `kind`, `texts`, `seconds`; the answer
-has the same `id` and a `value`: 1, 0, or null where the check was ended or failed.
+takes milliseconds, as what it needs is imported already. Each line is JSON: `id`, `kind`, `texts`, `seconds`; the
+answer has the same `id` and a `value`: 1, 0, or null where the check was ended or failed.
 """
 
 import json
@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 MEMORY = 4 * 2**30  # bytes of address space of a job
@@ -69,8 +70,7 @@ def check_math(expected: str, answer: str) -> float:
     return float(bool(found[1]) and verify(found[0], found[1], timeout_seconds=None))
 
 
-CHECKS = {"pattern": check_pattern, "math": check_math}
-PREPARATIONS = {"math": prepare_math}
+CHECKS: dict[str, Callable[..., float]] = {"pattern": check_pattern, "math": check_math}
 
 
 # ------------------------------------------------------------------------------------------------ the child
@@ -145,7 +145,8 @@ def send(descriptor: int, content: bytes) -> None:
 def prepare(kind: str) -> str | None:
     """Import what a kind of job needs. Returns what is wrong."""
     try:
-        PREPARATIONS.get(kind, int)()
+        if kind == "math":
+            prepare_math()
     except ImportError as error:
         return NO_MATH.format(error=error)
     return None
