@@ -101,7 +101,12 @@ def write_rows(preset: str, folder: Path, count: int = 8) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- presets
-@pytest.mark.parametrize("name", presets.names())
+SLOW = {"math500"}  # math-verify is imported in a process of its own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in presets.names()]
+)
 def test_a_preset_reads_its_columns_and_scores_by_them(name, tmp_path):
     words = write_rows(name, tmp_path / "rows", 40 if name in ANSWERS else 400)  # one in a hundred is held out
     config = load_config(write(NEEDED | {"extends": name}, tmp_path), words)
@@ -151,13 +156,19 @@ def on_meta(hub_id: str) -> PreTrainedModel:
         return family.model_class(config)
 
 
+@functools.cache
+def recipe(path: Path):
+    """A recipe's settings, which no test changes."""
+    return load_config(path)
+
+
 def count(parameters) -> int:
     return sum(p.numel() for p in parameters)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_models_at_full_size(path):
-    config = load_config(path)
+    config = recipe(path)
     model = on_meta(config.model.path)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert count(model.parameters()) / 1e6 == pytest.approx(WEIGHTS[config.model.path], rel=1e-3)
@@ -191,9 +202,9 @@ def test_what_a_recipe_says_at_its_head(path):
     told = float(re.search(r"Hours: ([\d.]+) at an assumed 400 TFLOP/s a GPU", head)[1])
     assert "computed and not run" in head
     processes, prompt = (8, 200) if path.stem == "gsm8k" else (1 if "qwen3" in str(path) else 2, 100)
-    assert hours(load_config(path), processes, prompt, 400.0)["all"] == pytest.approx(told, abs=0.06)
-    folder = load_config(path).run.output_dir
-    assert [load_config(other).run.output_dir for other in RECIPES].count(folder) == 1
+    assert hours(recipe(path), processes, prompt, 400.0)["all"] == pytest.approx(told, abs=0.06)
+    folders = [recipe(other).run.output_dir for other in RECIPES]
+    assert folders.count(recipe(path).run.output_dir) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- small size
@@ -205,7 +216,7 @@ def checkpoints(tmp_path_factory):
 
 def small(path: Path, checkpoints, folder: Path) -> list[str]:
     """Overrides that change sizes and places, and nothing else."""
-    config = load_config(path)
+    config = recipe(path)
     words = write_rows("gsm8k" if path.stem == "gsm8k" else "wildchat_if", folder / "rows", 40)
     for section in ("model", "reward", "judge", "guidance"):
         if hub_id := getattr(config, section).path:
