@@ -189,6 +189,7 @@ class _Scan:
         self.kept, self.hashes, self.bad = array("q"), array("Q"), array("q")
         self.why = ""  # what is wrong with the first bad row
         self.elsewhere = 0
+        self.hashed = config.deduplicate or config.eval_fraction > 0
         self.shapes: dict[tuple[str, ...], int] = {}
         self.where = {name: value if isinstance(value, list) else [value] for name, value in config.where.items()}
 
@@ -196,9 +197,11 @@ class _Scan:
         """Take in the next row."""
         if isinstance(row, Bad):
             return self._reject(number, row)
-        if row.keys() - self.columns.keys():
+        if not row.keys() <= self.columns.keys():
             self.columns |= dict.fromkeys(row)
-        if not all(any(_same(row.get(name), one) for one in values) for name, values in self.where.items()):
+        if self.where and not all(
+            any(_same(row.get(name), one) for one in values) for name, values in self.where.items()
+        ):
             self.elsewhere += 1
             return None
         prompt = prompt_of(row, self.config)
@@ -207,8 +210,9 @@ class _Scan:
         if not isinstance(prompt, str):
             self.shapes.setdefault(tuple(turn["role"] for turn in prompt), number)
         self.kept.append(number)
-        digest = hashlib.sha256(transcript(prompt).encode()).digest()
-        self.hashes.append(int.from_bytes(digest[:8], "big"))
+        if self.hashed:
+            digest = hashlib.sha256(transcript(prompt).encode()).digest()
+            self.hashes.append(int.from_bytes(digest[:8], "big"))
         return None
 
     def _reject(self, number: int, bad: Bad) -> None:
@@ -222,7 +226,10 @@ def _same(value: object, wanted: object) -> bool:
 
 
 def _scan(source: Source, config: DataConfig) -> tuple[PromptSet, np.ndarray]:
-    """The prompts of all good rows, and the hash (uint64) of each one's text. Raises `ConfigError`."""
+    """The prompts of all good rows, and where settings need it the hash (uint64) of each one's text, else nothing.
+
+    Raises `ConfigError`.
+    """
     data = _rows(source, config)
     if not len(data):
         raise ConfigError(f"{source} has no rows: expected at least one prompt")

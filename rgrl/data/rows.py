@@ -19,6 +19,7 @@ from rgrl.errors import ConfigError
 MOST_LEVELS = 100  # of lists and mappings in each other; copying and writing rows goes as deep
 IN_MEMORY = 1 << 26  # bytes of a file of lines that is kept whole, so that nobody can change it any more
 _ENDS = re.compile(rb"\r\n|\r|\n")
+_decode = json.JSONDecoder().decode
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -48,8 +49,9 @@ def fault(row: Any) -> Row | Bad:
     """The row itself where it is a mapping that can be copied, written and compared; else what is wrong."""
     if not isinstance(row, dict):
         return Bad("is not a JSON object")
-    if any(isinstance(value, list | dict) and _deeper(value, MOST_LEVELS) for value in row.values()):
-        return Bad(f"is nested more than {MOST_LEVELS} levels deep")
+    for value in row.values():
+        if isinstance(value, (list, dict)) and _deeper(value, MOST_LEVELS):
+            return Bad(f"is nested more than {MOST_LEVELS} levels deep")
     return row
 
 
@@ -96,13 +98,10 @@ class LineRows:
                     continue
                 if most is not None and len(self.start) == most:
                     break
-                for column, value in (
-                    (self.start, start),
-                    (self.size, len(line)),
-                    (self.checksum, zlib.crc32(line)),
-                    (self.line, number),
-                ):
-                    column.append(value)
+                self.start.append(start)
+                self.size.append(len(line))
+                self.checksum.append(zlib.crc32(line))
+                self.line.append(number)
             end = self.start[-1] + self.size[-1] if self.start else 0
             self.content = os.pread(self.file.fileno(), end, 0) if end <= IN_MEMORY else None
         except OSError as error:
@@ -117,12 +116,15 @@ class LineRows:
 
     def read(self, numbers: Sequence[int]) -> list[Row | Bad]:
         """The rows with these numbers."""
+        content = self.content
+        if content is not None:
+            return [self._row(content[self.start[i] : self.start[i] + self.size[i]]) for i in numbers]
         return [self._row(self._line(i)) for i in numbers]
 
     def _line(self, i: int) -> bytes:
         start, size = self.start[i], self.size[i]
         try:
-            line = self.content[start : start + size] if self.content is not None else self._from_file(start, size)
+            line = os.pread(self.file.fileno(), size, start)
         except OSError as error:
             raise ConfigError(f"data file {self.path} cannot be read any more: {error.strerror}") from error
         if zlib.crc32(line) != self.checksum[i]:
@@ -133,9 +135,6 @@ class LineRows:
             )
         return line
 
-    def _from_file(self, start: int, size: int) -> bytes:
-        return os.pread(self.file.fileno(), size, start)
-
     def _row(self, line: bytes) -> Row | Bad:
         try:
             text = line.decode()
@@ -144,10 +143,10 @@ class LineRows:
         if self.plain:
             return {"prompt": text}
         try:
-            row = json.loads(text)
+            row = _decode(text)
         except (ValueError, RecursionError):  # the second where it is nested too deeply
             return Bad("is not JSON")
-        if _HALF_PAIR.search(line) and isinstance(row, dict):
+        if b"\\u" in line and _HALF_PAIR.search(line) and isinstance(row, dict):
             with suppress(RecursionError):  # the next check says so
                 if not _is_text(json.dumps(row, ensure_ascii=False)):
                     return Bad("holds half a surrogate pair, which is no text")

@@ -1,6 +1,7 @@
 """What a row says to a model: the text of one user turn, or a chat."""
 
 import json
+from functools import cache
 from typing import Any
 
 from rgrl.config import DataConfig
@@ -90,6 +91,9 @@ def _turn(message: Any) -> dict[str, str] | Bad:
 
 
 # ---------------------------------------------------------------------------------------------------- template
+_pieces = cache(pieces)  # the same for every row
+
+
 def columns_in(template: str) -> list[str]:
     """The columns that a template names."""
     return [name for _, name in pieces(template) if name is not None]
@@ -98,7 +102,7 @@ def columns_in(template: str) -> list[str]:
 def _filled(template: str, row: Row) -> str | Bad:
     """A template with the row's values in it: text as it is, other values as JSON."""
     made = []
-    for text, name in pieces(template):
+    for text, name in _pieces(template):
         if name is None:
             made.append(text)
             continue

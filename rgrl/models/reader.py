@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
 from rgrl.models.families import Family
-from rgrl.models.text import check_shape, control_tokens, guarded, render, token_rows, wants_parts
+from rgrl.models.text import check_shape, control_tokens, count_tokens, guarded, render, wants_parts
 from rgrl.types import Prompt, turns_of
 
 
@@ -51,7 +51,7 @@ class Reader:
 
     def lengths(self, inputs: Sequence[str]) -> list[int]:
         """Tokens of each formatted prompt."""
-        return [len(ids) for ids in token_rows(self.tokenizer, inputs)]
+        return count_tokens(self.tokenizer, inputs)
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself, without a template. Tokenizers drop some characters: there may be none."""

@@ -7,6 +7,7 @@ so that it never becomes the real one, and everything else is tokenised whole, a
 import datetime
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,7 +55,12 @@ def guarded(text: str, controls: Sequence[str]) -> str:
     text = text.replace(BREAK, "\ufffd")
     if not controls:
         return text
-    return re.sub("|".join(map(re.escape, controls)), lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return _any_of(tuple(controls)).sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+
+
+@cache
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -71,6 +77,19 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
         for (row, _), ids in zip(pieces, found, strict=True):
             rows[row] += ids
     return rows
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """The number of tokens of each guarded text, in half the time that it takes to have them."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or fast.truncation is not None or fast.padding is not None:
+        return [len(ids) for ids in token_rows(tokenizer, texts)]
+    pieces = [(row, piece) for row, text in enumerate(texts) for piece in text.split(BREAK) if piece]
+    counts = [0] * len(texts)
+    found = fast.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
+    for (row, _), encoded in zip(pieces, found, strict=True):
+        counts[row] += len(encoded)
+    return counts
 
 
 def render(
