@@ -1,10 +1,13 @@
 """Parts of the reward: names, settings, and how they are clipped, made conditional and normalised."""
 
 import math
+import re
 import sys
 
 import pytest
 import torch
+import yaml
+from checkpoints import REPO
 
 from rgrl.config import Config, RewardConfig
 from rgrl.config.load import as_yaml, load_config
@@ -154,3 +157,16 @@ def test_overrides_reach_into_a_part_and_a_run_writes_what_it_reads(tmp_path):
     assert load_config(path) == config and isinstance(config, Config)
     with pytest.raises(ConfigError, match="at least 2"):
         load_config(path, ["--rollout.num_generations", "1", "--reward.functions.numeric.normalise", "true"])
+
+
+@pytest.mark.parametrize(("document", "count"), [("README.md", 1), ("docs/verifiers.md", 2)])
+def test_the_documented_settings_load(document, count, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def brevity(p, c, r): return [0.0] * len(c)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    blocks = re.findall(r"```yaml\n(.*?)```", (REPO / document).read_text(), re.S)
+    chosen = [yaml.safe_load(block)["reward"] for block in blocks if "numeric: 1.0" in block]
+    assert len(chosen) == count
+    for reward in chosen:
+        assert "numeric" in load_functions(RewardConfig(**reward)).functions
+    sys.modules.pop("my_rewards", None)
