@@ -18,9 +18,9 @@ COMMANDS = frozenset(
     "div pm mp left right big Big bigg Bigg text textbf textit textrm mathrm mathbf mathit mathbb mathcal mbox "
     "operatorname boxed fbox displaystyle le leq leqslant lt ge geq geqslant gt ne neq in notin cup cap setminus "
     "emptyset varnothing subset subseteq begin end binom dbinom tbinom log ln lg exp sin cos tan cot sec csc arcsin "
-    "arccos arctan sinh cosh tanh max min gcd lcm deg circ degree angle triangle overline overrightarrow vec hat bar lfloor rfloor "
-    "lceil rceil lvert rvert vert langle rangle lbrace rbrace lbrack rbrack ldots dots cdots quad qquad mod bmod "
-    "pmod to rightarrow approx equiv sim cong land lor mid perp parallel space".split()
+    "arccos arctan sinh cosh tanh max min gcd lcm deg circ degree angle triangle overline overrightarrow vec hat bar "
+    "lfloor rfloor lceil rceil lvert rvert vert langle rangle lbrace rbrace lbrack rbrack ldots dots cdots quad "
+    "qquad mod bmod pmod to rightarrow approx equiv sim cong land lor mid perp parallel space".split()
 )
 ENVIRONMENTS = frozenset("matrix pmatrix bmatrix vmatrix smallmatrix array cases".split())
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
