@@ -223,7 +223,7 @@ class Loop:
         self.progress = replace(self.progress, step=step + 1, skipped_in_a_row=update.skipped_in_a_row)
         metrics = scored.metrics | update.metrics
         if due(step + 1, config.tracking.completions_steps, config.run.steps):
-            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored)))
+            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored, config.data.column)))
         if run.evaluators and due(step + 1, config.run.eval_steps, config.run.steps):
             metrics |= self.evaluate()
         reason = self.record(scored, metrics, started)
@@ -403,7 +403,7 @@ def sample(config: Config) -> Iterator[dict]:
         group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
         tell_failures(run)
-        rows = completion_rows(scored)
+        rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
             group = [{"index": i + j // G} | row for row in rows[j : j + G]]
             yield from sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))

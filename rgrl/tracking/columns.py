@@ -30,8 +30,8 @@ def or_none(reward_B: Tensor) -> list[float | None]:
     return [None if math.isnan(r) else r for r in reward_B.tolist()]
 
 
-def data_columns(row: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The columns of a data row as a table has them, without the one that is the prompt's `text`.
+def data_columns(row: Mapping[str, Any], prompt: str, text: str) -> dict[str, Any]:
+    """The columns of a data row as a table has them, without the column `prompt` where it is the prompt's `text`.
 
     A column with the name of one of a table's own (`OURS`, and what has a slash) is called `data/<name>`.
     """
@@ -40,7 +40,7 @@ def data_columns(row: Mapping[str, Any], text: str) -> dict[str, Any]:
         column = str(plain(name))
         if column in OURS or "/" in column:
             column = f"data/{column}"
-        if not (isinstance(value, str) and value == text):
+        if not (name == prompt and isinstance(value, str) and value == text):
             found[column] = plain(value)
     return found
 

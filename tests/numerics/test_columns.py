@@ -69,13 +69,15 @@ def test_what_is_long_is_cut_and_says_so():
 
 def test_no_column_of_the_data_hides_one_of_ours():
     row = {name: f"data's {name}" for name in (*OURS, "rewards/model", "answer")}
-    found = data_columns(row, "the prompt")
+    found = data_columns(row, "question", "the prompt")
     assert not found.keys() & set(OURS) and found["answer"] == "data's answer"
     assert found["data/reward"] == "data's reward" and found["data/rewards/model"] == "data's rewards/model"
-    assert data_columns({"prompt": "the prompt", "question": "the prompt", "answer": 4}, "the prompt") == {"answer": 4}
+    row = {"question": "the prompt", "answer": "the prompt"}
+    assert data_columns(row, "question", "the prompt") == {"answer": "the prompt"}
+    assert data_columns(row, "prompt", "the prompt") == row and data_columns(row, "question", "another") == row
     turns = [{"role": "user", "content": "the prompt"}]
-    assert json.loads(data_columns({"prompt": turns}, "the prompt")["data/prompt"]) == turns
-    assert data_columns({7: 1}, "") == {"7": 1}
+    assert json.loads(data_columns({"prompt": turns}, "prompt", "the prompt")["data/prompt"]) == turns
+    assert data_columns({7: 1}, "prompt", "") == {"7": 1}
 
 
 def test_parts_have_none_where_there_is_no_reward():
@@ -116,7 +118,7 @@ def written(tmp_path_factory):
 @given(st.lists(st.dictionaries(st.sampled_from("ab"), ANYTHING), min_size=1, max_size=4), st.booleans())
 def test_whatever_a_row_holds_is_a_table_and_lines_of_json(written, rows, of_the_data):
     """Rows of the data are made plain; an evaluator of a user's own may put anything into its table."""
-    rows = [{"index": i, **(data_columns(row, "") if of_the_data else row)} for i, row in enumerate(rows)]
+    rows = [{"index": i, **(data_columns(row, "prompt", "") if of_the_data else row)} for i, row in enumerate(rows)]
     if of_the_data:
         assert all(json.loads(json.dumps(row, allow_nan=False)) == row for row in rows)
     try:
