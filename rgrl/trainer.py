@@ -396,8 +396,8 @@ def sample(config: Config) -> Iterator[dict]:
     run = open_checkpoint(config)
     if run.accelerator.num_processes > 1:
         raise ConfigError(f"sampling runs in one process, and {run.accelerator.num_processes} were started")
-    assert run.eval_prompts is not None
     run = replace(run, config=replace(run.config, rollout=sampler(run.config)))
+    assert run.eval_prompts is not None
     P, G = config.run.prompts_per_device, config.rollout.num_generations
     for i in range(0, len(run.eval_prompts), P):
         group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
