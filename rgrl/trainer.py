@@ -405,8 +405,8 @@ def sample(config: Config) -> Iterator[dict]:
         tell_failures(run)
         rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
-            group = [{"index": i + j // G} | row for row in rows[j : j + G]]
-            yield from sorted(group, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+            together = [{"index": i + j // G} | row for row in rows[j : j + G]]
+            yield from sorted(together, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
 def tell_failures(run: Run) -> None:
