@@ -94,8 +94,8 @@ def sample(words: list[str]) -> None:
     """Print completions of the eval prompts with their rewards, as JSON lines.
 
     They are guided as `guidance` says (`guided` tells which are), at `eval.temperature`, the best of each group first.
-    With --run.resume_from_checkpoint latest (or a folder) the trained adapter writes them, otherwise that of `lora.path`,
-    or without one the base model.
+    With --run.resume_from_checkpoint latest (or a folder) the trained adapter writes them, otherwise that of
+    `lora.path`, or without one the base model.
     """
 
     def command(config: "Config") -> None:
