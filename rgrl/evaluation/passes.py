@@ -35,7 +35,8 @@ def least_of(
 
 def _float32(value: float) -> float:
     """The nearest float32, infinite where it is too large for one."""
-    return float(numpy.float32(value))
+    with numpy.errstate(over="ignore"):
+        return float(numpy.float32(value))
 
 
 def passes(values: Mapping[int, Sequence[float | None]], least: float, n: int) -> dict[int, float]:
