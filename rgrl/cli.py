@@ -93,8 +93,9 @@ def train(words: list[str]) -> None:
 def sample(words: list[str]) -> None:
     """Print completions of the eval prompts with their rewards, as JSON lines.
 
-    They are guided as `guidance` says, the best of each group first. With --run.resume_from_checkpoint latest (or a
-    folder) the trained adapter writes them, otherwise that of `lora.path`, or without one the base model.
+    They are guided as `guidance` says (`guided` tells which are), at `eval.temperature`, the best of each group first.
+    With --run.resume_from_checkpoint latest (or a folder) the trained adapter writes them, otherwise that of
+    `lora.path`, or without one the base model.
     """
 
     def command(config: "Config") -> None:
@@ -107,7 +108,7 @@ def sample(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
-    """Print the metrics of unguided completions of the eval prompts, as JSON.
+    """Print the metrics of unguided completions of the eval prompts, as JSON, and on stderr how sure the means are.
 
     They are of the adapter that --run.resume_from_checkpoint names (latest, or a folder), otherwise of the one in
     `lora.path`, or without one of the base model.

@@ -167,10 +167,10 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, place: tuple[int, int],
     keep_batch(output, run.owner or new_owner(), rank, step, run.config.run.max_skipped, kept)
 
 
-def completion_rows(scored: Scored) -> list[dict]:
+def completion_rows(scored: Scored, prompt: str) -> list[dict]:
     """This rank's completions as rows of a table, with the parts of their reward and the columns of the data.
 
-    A completion without a reward has None there.
+    A completion without a reward has None there. `prompt` is the data's column with the prompt.
     """
     B = len(scored.completions)
     guided = scored.guided_B.tolist() if scored.guided_B is not None else [False] * B
@@ -178,5 +178,6 @@ def completion_rows(scored: Scored) -> list[dict]:
     names = ("prompt", "completion", "guided", "reward", "advantage")
     own = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     parts = parts_of(scored.terms) if scored.terms else [{}] * B
-    data = [data_columns(row, text) for row, text in zip(scored.prompts.rows, scored.prompts.texts, strict=True)]
+    prompts = zip(scored.prompts.rows, scored.prompts.texts, strict=True)
+    data = [data_columns(row, prompt, text) for row, text in prompts]
     return [row | part | more for row, part, more in zip(own, parts, data, strict=True)]

@@ -223,7 +223,7 @@ class Loop:
         self.progress = replace(self.progress, step=step + 1, skipped_in_a_row=update.skipped_in_a_row)
         metrics = scored.metrics | update.metrics
         if due(step + 1, config.tracking.completions_steps, config.run.steps):
-            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored)))
+            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored, config.data.column)))
         if run.evaluators and due(step + 1, config.run.eval_steps, config.run.steps):
             metrics |= self.evaluate()
         reason = self.record(scored, metrics, started)
@@ -396,18 +396,17 @@ def sample(config: Config) -> Iterator[dict]:
     run = open_checkpoint(config)
     if run.accelerator.num_processes > 1:
         raise ConfigError(f"sampling runs in one process, and {run.accelerator.num_processes} were started")
-    prompts = run.eval_prompts
-    assert prompts is not None
     run = replace(run, config=replace(run.config, rollout=sampler(run.config)))
+    assert run.eval_prompts is not None
     P, G = config.run.prompts_per_device, config.rollout.num_generations
-    for i in range(0, len(prompts), P):
-        group = prompts.take(list(range(i, min(i + P, len(prompts))))).repeat(G)
+    for i in range(0, len(run.eval_prompts), P):
+        group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
         tell_failures(run)
-        rows = completion_rows(scored)
+        rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
-            of_one = [{"index": i + j // G} | row for row in rows[j : j + G]]
-            yield from sorted(of_one, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+            together = [{"index": i + j // G} | row for row in rows[j : j + G]]
+            yield from sorted(together, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
 def tell_failures(run: Run) -> None:

@@ -157,7 +157,7 @@ class HeldOut:
         parts = {name: value for name, value in row.items() if name.startswith("rewards/")}
         own = {name: value for name, value in row.items() if name not in parts}
         own |= {"guided": False, "top_word": word if holds else None}
-        data = data_columns(self.prompts.rows[row["index"]], row["prompt"])
+        data = data_columns(self.prompts.rows[row["index"]], self.config.data.column, row["prompt"])
         return {name: own[name] for name in OURS if name in own} | parts | data
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy
+
 
 def pass_at(k: int, passed: int, n: int) -> float:
     """The probability that at least one of k completions passes, drawn without repetition from n of which some passed.
@@ -31,12 +33,19 @@ def least_of(
     return 1.0 if all(0.0 <= value <= 1.0 for value in values if value is not None) else None
 
 
+def _float32(value: float) -> float:
+    """The nearest float32, infinite where it is too large for one."""
+    with numpy.errstate(over="ignore"):
+        return float(numpy.float32(value))
+
+
 def passes(values: Mapping[int, Sequence[float | None]], least: float, n: int) -> dict[int, float]:
     """pass@k by k, the mean over prompts; `values` are the rewards of each prompt's n completions, by prompt.
 
     A completion without a reward has not passed. A prompt of which no completion has one is left out; NaN if that
-    leaves none.
+    leaves none. Rewards are float32, so `least` is compared as such: a reward of 0.7 is at least 0.7.
     """
+    least = _float32(least)
     rated = [each for each in values.values() if any(value is not None for value in each)]
     passed = [sum(value is not None and value >= least for value in each) for each in rated]
     if not rated:

@@ -7,6 +7,7 @@ or false, or nothing.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +30,8 @@ def or_none(reward_B: Tensor) -> list[float | None]:
     return [None if math.isnan(r) else r for r in reward_B.tolist()]
 
 
-def data_columns(row: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """The columns of a data row as a table has them, without the one that is the prompt's `text`.
+def data_columns(row: Mapping[str, Any], prompt: str, text: str) -> dict[str, Any]:
+    """The columns of a data row as a table has them, without the column `prompt` where it is the prompt's `text`.
 
     A column with the name of one of a table's own (`OURS`, and what has a slash) is called `data/<name>`.
     """
@@ -39,7 +40,7 @@ def data_columns(row: Mapping[str, Any], text: str) -> dict[str, Any]:
         column = str(plain(name))
         if column in OURS or "/" in column:
             column = f"data/{column}"
-        if not (isinstance(value, str) and value == text):
+        if not (name == prompt and isinstance(value, str) and value == text):
             found[column] = plain(value)
     return found
 
@@ -70,9 +71,11 @@ def _number(value: int) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Text as it is, other values as JSON, whatever they are; cut where that is long."""
-    if isinstance(value, str):
-        return _cut(value)
+    """Text as it is, other values as JSON where they can be; cut where that is long."""
+    if not isinstance(value, bool | int | float | list | tuple | dict | None):
+        value = value if isinstance(value, str) else _within(value)
+        if isinstance(value, str):
+            return _cut(value)
     try:
         return _cut(json.dumps(value, ensure_ascii=False, default=_within))
     except (ValueError, TypeError, RecursionError):  # a list in itself, keys of another kind, nested too deeply
@@ -85,7 +88,8 @@ def _within(value: Any) -> Any:
         return f"<{len(value):,} bytes>"
     if hasattr(value, "tolist"):  # an array
         return value.tolist()
-    return str(value) if hasattr(value, "isoformat") else f"<{type(value).__name__}>"
+    told = isinstance(value, Number) or hasattr(value, "isoformat")  # decimals, dates
+    return str(value) if told else f"<{type(value).__name__}>"
 
 
 def _cut(text: str) -> str:

@@ -73,7 +73,7 @@ METRICS = {
     "eval/rewards/<name>/none": "completions that a Python reward gave None, no reward",
     "eval/rewards/<name>/pass_at_<k>": "pass@k: how probably one or more of k completions of a prompt pass this term "
     "(`eval.passes`), mean over prompts, estimated without bias from all `eval.samples` of each: for k = 1 the "
-    "fraction of completions that pass, for the largest k that of prompts with one that does (rgrl/evaluation/passes.py)",
+    "fraction of completions that pass, for the largest k that of prompts with one that does",
     "eval/judge": "the same under the judge, which is never trained against",
     "eval/judge_std": "its standard deviation over samples",
     "eval/judge_cut": "texts that were too long for the judge, and lost the beginning of their prompt",

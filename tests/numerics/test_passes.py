@@ -5,6 +5,7 @@ import math
 import statistics
 
 import pytest
+import torch
 
 from rgrl.evaluation.passes import counts_of, least_of, pass_at, passes
 
@@ -50,6 +51,11 @@ def test_what_has_no_reward_has_not_passed_and_a_prompt_without_any_is_left_out(
     )
     assert all(map(math.isnan, passes({0: [None, None]}, 1.0, 2).values()))
     assert passes({0: [-3.0], 1: [-1.0]}, -2.0, 1) == {1: 0.5}
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 2.0, -1.3, 1e-3])
+def test_a_reward_in_float32_passes_at_its_own_value(value):
+    assert passes({0: [torch.tensor([value]).item()]}, value, 1) == {1: 1.0}
 
 
 def test_what_counts_as_a_pass():
