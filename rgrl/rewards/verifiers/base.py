@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from rgrl.config.explain import explain, short
 from rgrl.errors import ConfigError
 from rgrl.rewards.verifiers.process import Process
-from rgrl.types import Prompts
+from rgrl.types import SomePrompts
 
 MOST_ROWS_READ = 10_000  # of the data, when a run starts; evenly spaced
 LONGEST = 200_000  # characters of a completion that are read: its last ones
@@ -77,7 +77,7 @@ class Verification:
             self.process = Process()
         return self.process.ask(found.kind, found.texts, self.seconds)
 
-    def check(self, prompts: Prompts, setting: str, most_bad: float) -> str | None:
+    def check(self, prompts: SomePrompts, setting: str, most_bad: float) -> str | None:
         """Read rows of the data, before a run starts. Returns what to warn of.
 
         Raises `ConfigError` for a column that no row has, and where more than the fraction `most_bad` cannot be read.
@@ -108,7 +108,7 @@ def _spaced(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def _rows(prompts: Prompts, chosen: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(prompts: SomePrompts, chosen: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, row), a thousand at a time: rows may come from a file."""
     for start in range(0, len(chosen), 1000):
         part = chosen[start : start + 1000]
