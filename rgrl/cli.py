@@ -93,8 +93,9 @@ def train(words: list[str]) -> None:
 def sample(words: list[str]) -> None:
     """Print completions of the eval prompts with their rewards, as JSON lines.
 
-    They are guided as `guidance` says, the best of each group first. With --run.resume_from_checkpoint latest (or a
-    folder) the trained adapter writes them, otherwise that of `lora.path`, or without one the base model.
+    They are guided as `guidance` says (`guided` tells which are), at `eval.temperature`, the best of each group first.
+    With --run.resume_from_checkpoint latest (or a folder) the trained adapter writes them, otherwise that of
+    `lora.path`, or without one the base model.
     """
 
     def command(config: "Config") -> None:
@@ -107,7 +108,7 @@ def sample(words: list[str]) -> None:
 
 
 def evaluate(words: list[str]) -> None:
-    """Print the metrics of unguided completions of the eval prompts, as JSON.
+    """Print the metrics of unguided completions of the eval prompts, as JSON, and on stderr how sure the means are.
 
     They are of the adapter that --run.resume_from_checkpoint names (latest, or a folder), otherwise of the one in
     `lora.path`, or without one of the base model.
@@ -122,6 +123,33 @@ def evaluate(words: list[str]) -> None:
             say(json.dumps(result.metrics, indent=2))
 
     with_settings(evaluate, command, words)
+
+
+def data(words: list[str]) -> None:
+    """Print what a run would make of its data, as policy and reward models would see it, without loading weights.
+
+    Counts of rows, of what is left out or cut, lengths in tokens, how the guide is shown the policy's vocabulary, and
+    the first prompts (--first N, 3 by default) with their templates and numbers of tokens.
+    """
+    words, first = list(words), "3"
+    if "--first" in words:
+        at = words.index("--first")
+        first, words[at : at + 2] = (words[at + 1] if at + 1 < len(words) else ""), []
+    try:
+        number = at_least(0)(first)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--first {error}") from error
+
+    def command(config: "Config") -> None:
+        from rgrl.config import located
+        from rgrl.data.preview import preview
+
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ConfigError(f"data are shown in one process, and {processes} were started")
+        for text in preview(located(config), number):
+            say(text)
+
+    with_settings(data, command, words)
 
 
 def report(words: list[str]) -> None:
@@ -155,9 +183,9 @@ def report(words: list[str]) -> None:
 def judge(words: list[str]) -> None:
     """Score a run's saved completions with another judge, and print a table by step.
 
-    Beside the run's own reward and judge it shows the mean of this one over the held-out prompts, with its 95 %
-    interval, and its change since the first evaluation, prompt by prompt. The run need not have ended; nothing of it is
-    changed.
+    Beside the run's own reward, its parts, and its judge it shows the mean of this one over the held-out prompts, with
+    its 95 % interval, and its change since the first evaluation, prompt by prompt. The run need not have ended; nothing
+    of it is changed.
     """
     parser = parser_of(judge)
     parser.add_argument("run", metavar="RUN", type=a_path, help="its output folder (`run.output_dir`)")
@@ -232,6 +260,24 @@ def schema(words: list[str]) -> None:
         raise ConfigError(f"--output {given.output} cannot be written: {error.strerror}") from error
 
 
+def presets(words: list[str]) -> None:
+    """List the presets: data sets and tasks that a file of settings can name in `extends`, or print one.
+
+    A file that says `extends: gsm8k` has that preset's settings where it says nothing else; of a list, such as
+    `extends: [gsm8k, mine.yaml]`, later ones win.
+    """
+    parser = parser_of(presets)
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this one's settings")
+    given = parser.parse_args(words)
+    from rgrl.config.presets import about, find, names
+
+    if given.name is not None:
+        say(find(given.name).read_text(encoding="utf-8").rstrip())
+        return
+    width = max(map(len, names()))
+    say("\n".join(f"{name:<{width}}  {about(name)}" for name in names()))
+
+
 def doctor(words: list[str]) -> None:
     """Show versions, devices and disks, and train a tiny model for a few seconds.
 
@@ -255,9 +301,11 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
     "train": (WITH_SETTINGS, train),
     "sample": (WITH_SETTINGS, sample),
     "evaluate": (WITH_SETTINGS, evaluate),
+    "data": (f"{WITH_SETTINGS} [--first N]", data),
     "report": ("RUN [--output FILE.png]", report),
     "judge": ("RUN --judge PATH [--output FILE.csv]", judge),
     "export": ("RUN [--merge] [--checkpoint WHICH] [--output FOLDER] [--model PATH]", export),
+    "presets": ("[NAME]", presets),
     "schema": ("[--output FILE]", schema),
     "doctor": ("", doctor),
 }

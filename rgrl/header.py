@@ -24,6 +24,7 @@ def header(run: Run, first_step: int, records: str) -> list[str]:
         f"{config.run.output_dir} | {records or 'W&B off'}",
         *reward_models(run),
     ]
+    lines += data(run)
     if config.lora.path is not None and first_step == 1:
         lines.append(f"starting from the adapter {config.lora.path}")
     if (coverage := run.coverage) is not None:
@@ -56,6 +57,13 @@ def policy(model: Policy, config: Config) -> str:
         dtype += f", layers in {config.model.quantize}"
     size = f"{short(frozen)} parameters{dtype}, {short(trained)} trainable (LoRA r {config.lora.r})"
     return f"policy {model.family.name}, {size}"
+
+
+def data(run: Run) -> list[str]:
+    """What was left out of the data, or cut; nothing where all of it is used as it is."""
+    return [
+        f"{name}: of {tally.rows:,} rows {words}" for name, tally in run.tallies.items() if (words := tally.words())
+    ]
 
 
 def reward_models(run: Run) -> list[str]:

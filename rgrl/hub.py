@@ -14,12 +14,14 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 _MORE = ["*.py", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"]  # never run, only copied
 
 
-def fetch_checkpoint(path: str, what: str, revision: str | None = None, code: bool = False) -> Path:
+def fetch_checkpoint(
+    path: str, what: str, revision: str | None = None, code: bool = False, weights: bool = True
+) -> Path:
     """A local checkpoint folder, or a Hub id downloaded (weights in safetensors only). `what` names it in errors.
 
     `revision` is a branch, tag or commit of the Hub (None: its main branch). With `code` the authors' code and terms
-    come along, to be copied: nothing here runs it. Raises `ConfigError` if `path` is neither, and for a revision of a
-    local folder.
+    come along, to be copied: nothing here runs it; without `weights` they stay there. Raises `ConfigError` if `path` is
+    neither, and for a revision of a local folder.
     """
     folder = Path(path)
     if folder.exists():
@@ -34,7 +36,8 @@ def fetch_checkpoint(path: str, what: str, revision: str | None = None, code: bo
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(f"{what} {path}: no such folder")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_FILES + _MORE * code))
+        wanted = [name for name in _FILES if weights or name != "*.safetensors"] + _MORE * code
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         pinned = "" if revision is None else f" at revision {revision}"
         raise ConfigError(

@@ -14,14 +14,16 @@ from rgrl.algo.reward_gradient import surprise
 from rgrl.checkpoint import code_commit, other_base, start_fingerprint
 from rgrl.config import Config, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
 from rgrl.console import warn
-from rgrl.data import PromptStream, fingerprint, load_prompts
+from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit, load_data
+from rgrl.data.lengths import check_shapes
 from rgrl.errors import ConfigError
-from rgrl.evaluation import Evaluator
+from rgrl.evaluation import Evaluator, noise_of, sampler
 from rgrl.evaluation.held_out import HeldOut
 from rgrl.folder import Owner
 from rgrl.hub import resolved_revision
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
+from rgrl.models.reader import Reader
 from rgrl.models.readout import READOUTS, Places, Readout, token_logp
 from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
@@ -31,8 +33,8 @@ from rgrl.rollout import Guidance, generate
 from rgrl.rollout.guidance import Guide, guidance_at
 from rgrl.rollout.sampling import sampled_logp
 from rgrl.runtime.launch import shard_size
-from rgrl.seeds import generators, seed_globals
-from rgrl.types import Prompts, Rollout
+from rgrl.seeds import generator, seed_globals
+from rgrl.types import Prompt, Prompts, Rollout, SomePrompts
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Run:
     algorithm: Algorithm
     readouts: dict[str, Readout]  # `logp`, and those that the objective asks for
     fingerprints: dict[str, Any]  # of models and data, for checkpoints
+    tallies: dict[str, Tally] = field(default_factory=dict)  # what became of the rows of the data
     evaluators: list[Evaluator] = field(default_factory=list)
     owner: Owner | None = None  # whose the output folder is; set where it is written to
     tell: Callable[[str], None] = lambda text: None  # shows a few words beside the bar; the loop sets it
@@ -79,10 +82,18 @@ class Run:
         """What that reward counts within the term: the model's weight in the sum of rewards."""
         return self.config.reward.weight if self.config.gradient.of == "reward" else 1.0
 
-    def generate(self, prompts: Prompts, numbers: Sequence[int], guidance: Guidance | None = None) -> Rollout:
+    def generate(
+        self,
+        prompts: Prompts,
+        numbers: Sequence[int],
+        guidance: Guidance | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Rollout:
         """Completions for evaluation (`rgrl.evaluation.Generate`)."""
-        seeds = generators(self.config.run.seed, 0, numbers, "eval")
-        return generate(self.policy, prompts, self.config.rollout, seeds, guidance)
+        which = samples if samples is not None else [0] * len(numbers)
+        seed = self.config.run.seed
+        seeds = [generator(seed, 0, i, noise_of("eval", s)) for i, s in zip(numbers, which, strict=True)]
+        return generate(self.policy, prompts, sampler(self.config), seeds, guidance)
 
 
 def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> Run:
@@ -97,26 +108,23 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     algorithm = resolve_algorithm(config)
     readouts = resolve_readouts(config, algorithm)
     start = read_start(config.lora) if config.lora.path is not None and not resumed else None
-    prompts, eval_prompts = load_prompts(config.data.path, config.data), None
-    if config.data.eval_path is not None and config.run.eval_steps:
-        every = load_prompts(config.data.eval_path, config.data)
-        eval_prompts = every.take(list(range(min(config.data.eval_prompts, len(every)))))
+    prompts, evaluation = load_data(config.data, evaluates=config.run.eval_steps > 0)
     rewards = load_functions(config.reward)
-    for note in rewards.try_out(prompts, eval_prompts):  # before anything that takes long
+    check_passes(config, rewards)
+    for note in rewards.try_out(prompts, evaluation):  # before anything that takes long
         if accelerator.is_main_process:
             warn(note)
     size = shard_size(os.environ, accelerator.num_processes)
     check_sharing(config.model, size)
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
-    prompts = prompts.formatted(policy.format_prompt)
-    eval_prompts = eval_prompts.formatted(policy.format_prompt) if eval_prompts is not None else None
-    check_lengths(config, policy, prompts, eval_prompts)
+    prompts, evaluation = fitted(config, policy.reader, prompts, evaluation)
+    eval_prompts = evaluation.take(range(len(evaluation))) if evaluation is not None else None
     rewards, guide = load_rewards(config, device, rewards, "row_gradients" in algorithm.needs)
     guide_model, gradient_model = bind_guides(config, policy, algorithm, rewards, guide)
     readouts |= reward_readouts(config, algorithm, gradient_model)
     judge = load_judge(config.judge, device)
     for model in {model: None for model in (rewards.model, guide, judge) if model is not None}:
-        model.frame.make_room(config.rollout.max_completion_length)
+        make_room(model, config, (prompts, evaluation))
         if model.frame.forgeable and accelerator.is_main_process:
             warn(
                 f"reward model {model.name}: only plain text stands between prompt and answer, so a completion can "
@@ -133,17 +141,26 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     o = config.optim
     parameters = list(adapter_parameters(policy).values())
-    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, weight_decay=o.weight_decay)
+    betas = (o.betas[0], o.betas[1])
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=betas, weight_decay=o.weight_decay)
     stream = PromptStream(prompts, config.run.seed, config.run.prompts_per_device, accelerator.num_processes)
     fingerprints = take_fingerprints(
         {"model": policy, "reward": rewards.model, "guide": guide, "judge": judge}, prompts, eval_prompts
     )
     models = policy, rewards, guide_model, gradient_model, judge
     run = Run(config, accelerator, *models, stream, eval_prompts, optimizer, algorithm, readouts, fingerprints | begun)
+    run.tallies = {"data": prompts.tally} | ({} if evaluation is None else {"evaluation data": evaluation.tally})
     if eval_prompts is not None:
         held_out = policy, rewards, judge, eval_prompts, lambda step: run.guidance(guidance_at(config, step))
         run.evaluators.append(HeldOut(config, accelerator, *held_out, tell=lambda text: run.tell(text)))
     return run
+
+
+def check_passes(config: Config, rewards: Rewards) -> None:
+    """Raise `ConfigError` where `eval.passes` names a reward that the run does not have."""
+    known = [*([config.reward.name] if config.reward.path is not None else []), *rewards.functions]
+    if odd := [name for name in config.eval.passes if name not in known]:
+        raise ConfigError(f"`eval.passes.{odd[0]}`: no reward of this run has this name; known: {', '.join(known)}")
 
 
 def bind_guides(
@@ -211,7 +228,7 @@ def resolved(
 
 
 def take_fingerprints(
-    models: dict[str, Policy | ClassifierReward | None], prompts: Prompts, eval_prompts: Prompts | None
+    models: dict[str, Policy | ClassifierReward | None], prompts: SomePrompts, eval_prompts: Prompts | None
 ) -> dict[str, Any]:
     """What identifies the code, the models and the data of a run, as `about.json` of its checkpoints has it.
 
@@ -223,22 +240,23 @@ def take_fingerprints(
     return found | {name: model.fingerprint for name, model in models.items() if model is not None}
 
 
-def check_lengths(config: Config, policy: Policy, training: Prompts, evaluation: Prompts | None) -> None:
-    """Raise `ConfigError` for a prompt of no tokens, one over `data.max_prompt_length`, or a canvas beyond the model's
-    positions."""
-    longest = 0
-    for path, prompts in ((config.data.path, training), (config.data.eval_path, evaluation)):
-        if prompts is None:
-            continue
-        encoded_BL, attention_BL = policy.encode(prompts.inputs, config.data.max_prompt_length, quoted=prompts.texts)
-        longest = max(longest, encoded_BL.shape[1])
-        if (i := policy.first_blank(prompts, attention_BL.sum(1).tolist())) is not None:
-            raise ConfigError(f"{path}: row {i} has a prompt of no tokens to this policy: {prompts.texts[i][:60]!r}")
-    if longest + config.rollout.max_completion_length > policy.max_length:
-        raise ConfigError(
-            f"`rollout.max_completion_length` {config.rollout.max_completion_length} after a prompt of {longest} "
-            f"tokens is beyond the model's {policy.max_length} positions"
-        )
+def fitted(
+    config: Config, reader: Reader, training: PromptSet, evaluation: PromptSet | None
+) -> tuple[PromptSet, PromptSet | None]:
+    """The prompts in the policy's template and within its limits, of evaluation's those used. Raises `ConfigError`."""
+    room = config.rollout.max_completion_length
+    training = fit(training, reader, room)
+    return training, None if evaluation is None else fit(evaluation, reader, room, config.data.eval_prompts)
+
+
+def make_room(model: ClassifierReward, config: Config, data: Sequence[PromptSet | None]) -> None:
+    """Refuse a reward model that cannot be shown the prompts beside a completion. Raises `ConfigError`."""
+    for prompts in data:
+        if prompts is not None:
+            check_shapes(prompts, model.frame.check_shape)
+    system = config.data.system
+    empty: Prompt = "" if system is None else [{"role": "system", "content": system}, {"role": "user", "content": ""}]
+    model.frame.make_room(config.rollout.max_completion_length, empty)
 
 
 def resolve_readouts(config: Config, algorithm: Algorithm) -> dict[str, Readout]:

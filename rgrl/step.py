@@ -26,6 +26,7 @@ from rgrl.runtime.skipped import keep_batch
 from rgrl.seeds import generators
 from rgrl.setup import Run
 from rgrl.terms import Batch, Scored, Term, objective_gradient, prepare, reward_term_gradient, what_came_true
+from rgrl.tracking.columns import data_columns, or_none, parts_of
 from rgrl.types import Prompts, Rollout
 
 
@@ -53,7 +54,8 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
         reward_B, terms = run.rewards.score(prompts, completions)
-        advantage_B = in_groups(run.algorithm.advantage, reward_B, G, config.objective)
+        compared_B = run.rewards.for_advantages(reward_B, terms, G)
+        advantage_B = in_groups(run.algorithm.advantage, compared_B, G, config.objective)
     metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, terms, G)
     metrics["entropy"] = fraction(accelerator, stats.entropy, stats.committed)
     if guided_B.any():
@@ -64,7 +66,8 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
             warn(f"{metrics['guidance/broken']:.0f} gradients of guidance were not finite and steered nothing")
     if run.coverage is not None and (guided_B.any() or run.gradient_model is not None):
         metrics |= bridge_metrics(accelerator, rollout, policy.is_end, run.coverage)
-    return Scored(prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics)
+    scored = prompts, rollout, completions, reward_B, terms, advantage_B.to(policy.device), metrics
+    return Scored(*scored, guided_B)
 
 
 def retokenised(run: Run, prompts: Prompts, rollout: Rollout, completions: list[str]) -> float:
@@ -110,7 +113,7 @@ def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, cloc
             else:
                 metrics["update/skipped"] += 1
                 skipped_in_a_row += 1
-                keep_skipped(run, scored, batch, step, {"grad_norm": norm, **found})
+                keep_skipped(run, scored, batch, (step, iteration), {"grad_norm": norm, **found})
             optimizer.zero_grad(set_to_none=True)
             metrics |= found | {"learning_rate": rate, "grad_norm": norm}
             metrics["grad_norm_clipped"] = min(norm, config.optim.max_grad_norm)
@@ -146,8 +149,10 @@ def reduce_and_clip(run: Run, terms: dict[str, Term]) -> tuple[dict[str, float],
     return metrics | {"loss": loss}, float(norm)
 
 
-def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict[str, float]) -> None:
-    """Write what this rank made a skipped update from."""
+def keep_skipped(run: Run, scored: Scored, batch: Batch, place: tuple[int, int], totals: dict[str, float]) -> None:
+    """Write what this rank made a skipped update from. `place`: its step, and which of the rollout's updates it is."""
+    step, iteration = place
+    drawn = batch.drawn[iteration if run.config.objective.redraw else 0] if batch.drawn else None
     kept = {
         "totals": totals,
         "prompts": scored.prompts.texts,
@@ -155,16 +160,24 @@ def keep_skipped(run: Run, scored: Scored, batch: Batch, step: int, totals: dict
         "reward_B": scored.reward_B,
         "advantage_B": scored.advantage_B,
         "rollout": vars(scored.rollout),
-        "noise": vars(batch.noise) if batch.noise is not None else None,
+        "noise": vars(drawn.noise) if drawn is not None else None,
         "states": batch.step_UKB,
     }
     output, rank = Path(run.config.run.output_dir), run.accelerator.process_index
     keep_batch(output, run.owner or new_owner(), rank, step, run.config.run.max_skipped, kept)
 
 
-def completion_rows(scored: Scored) -> list[dict]:
-    """This rank's completions as rows of a table; a completion without a reward has None there."""
-    rewards = [None if math.isnan(r) else r for r in scored.reward_B.tolist()]
-    columns = scored.prompts.texts, scored.completions, rewards, scored.advantage_B.tolist()
-    names = ("prompt", "completion", "reward", "advantage")
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+def completion_rows(scored: Scored, prompt: str) -> list[dict]:
+    """This rank's completions as rows of a table, with the parts of their reward and the columns of the data.
+
+    A completion without a reward has None there. `prompt` is the data's column with the prompt.
+    """
+    B = len(scored.completions)
+    guided = scored.guided_B.tolist() if scored.guided_B is not None else [False] * B
+    columns = scored.prompts.texts, scored.completions, guided, or_none(scored.reward_B), scored.advantage_B.tolist()
+    names = ("prompt", "completion", "guided", "reward", "advantage")
+    own = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    parts = parts_of(scored.terms) if scored.terms else [{}] * B
+    prompts = zip(scored.prompts.rows, scored.prompts.texts, strict=True)
+    data = [data_columns(row, prompt, text) for row, text in prompts]
+    return [row | part | more for row, part, more in zip(own, parts, data, strict=True)]

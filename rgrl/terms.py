@@ -55,6 +55,7 @@ class Scored:
     terms: dict[str, Tensor]  # r_B of each term of the reward, unweighted
     advantage_B: Tensor
     metrics: dict[str, float]
+    guided_B: Tensor | None = None  # bool, which completions were steered; None: none
 
 
 @dataclass
@@ -69,18 +70,25 @@ class Push:
 
 
 @dataclass
+class Drawn:
+    """Canvases that the objective reads, and what is known there. Lists have an entry for each micro-batch."""
+
+    noise: NoiseDraw
+    old: list[Tensor | None]  # log-probabilities (BC) before the first update
+    reference: list[Tensor | None]  # log-probabilities (BC) of the frozen base; None: not needed
+    reference_states: list[list[Tensor]]  # its final hidden states (NH), by canvas; empty: not needed
+    old_states: list[list[Tensor]]  # the same of the policy before the first update
+
+
+@dataclass
 class Batch:
     """What all updates on one rollout share. Lists have an entry for each micro-batch; None or empty: not needed."""
 
     rollout: Rollout
     advantage_B: Tensor
     micro: list[slice]
-    noise: NoiseDraw | None = None
+    drawn: list[Drawn] = field(default_factory=list)  # one for all updates, or with `objective.redraw` one for each
     correction_BC: Tensor | None = None
-    old: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) before the first update
-    reference: list[Tensor | None] = field(default_factory=list)  # log-probabilities (BC) of the frozen base
-    reference_states: list[list[Tensor]] = field(default_factory=list)  # its final hidden states (NH), by canvas
-    old_states: list[list[Tensor]] = field(default_factory=list)  # the same of the policy before the first update
     row_gradient_BCD: Tensor | None = None  # of the reward, the mean over the other completions of the group
     guide: Guide | None = None  # the reward whose gradient is a term of the update
     step_UKB: Tensor | None = None  # the denoising steps of that term, for each update
@@ -99,27 +107,46 @@ def prepare(run: Run, scored: Scored, step: int) -> Batch:
     config, needs, rollout = run.config, run.algorithm.needs, scored.rollout
     B = len(rollout.canvas_BL)
     size = B // config.run.gradient_accumulation_steps
-    micro = [slice(i, i + size) for i in range(0, B, size)]
-    batch = Batch(rollout, scored.advantage_B, micro, old=[None] * len(micro), reference=[None] * len(micro))
-    batch.reference_states, batch.old_states = [[] for _ in micro], [[] for _ in micro]
-    rows = global_rows(run.accelerator, B)
+    batch = Batch(rollout, scored.advantage_B, [slice(i, i + size) for i in range(0, B, size)])
     if run.gradient_model is not None:
         batch.guide = run.reward_of_embeddings(scored.prompts)
     if config.gradient.weight > 0:
-        seeds = generators(config.run.seed, step, rows, "states")
+        seeds = generators(config.run.seed, step, global_rows(run.accelerator, B), "states")
         batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.objective.iterations)
     if config.objective.weight == 0:
         return batch
-    seeds = generators(config.run.seed, step, rows, "noise")
-    batch.noise = run.algorithm.estimator.draw(rollout, config.objective, seeds)
     batch.correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
     if "row_gradients" in needs:
         batch.row_gradient_BCD = row_gradients(run, batch)
+    for iteration in range(config.objective.iterations if config.objective.redraw else 1):
+        batch.drawn.append(draw(run, batch, step, iteration))
+    return batch
+
+
+def draw(run: Run, batch: Batch, step: int, iteration: int) -> Drawn:
+    """The noise of an update and the reference there. From the second update on, the policy as it is before the first
+    is evaluated too, with the dropout of that update: before anything has moved, all ratios are 1."""
+    needs, micro = run.algorithm.needs, len(batch.micro)
+    rows = global_rows(run.accelerator, len(batch.advantage_B))
+    seeds = generators(run.config.run.seed, step, rows, f"noise {iteration}" if iteration else "noise")
+    noise = run.algorithm.estimator.draw(batch.rollout, run.config.objective, seeds)
+    states: list[list[list[Tensor]]] = [[[] for _ in range(micro)] for _ in range(2)]
+    drawn = Drawn(noise, [None] * micro, [None] * micro, *states)
     if {"ref", "reference_states"} & needs:
         with torch.no_grad(), run.policy.forward_passes(), run.policy.reference():
-            for m, states in enumerate(batch.reference_states):
-                batch.reference[m] = estimate(run, batch, m, reference_values(run, states))["logp"]
-    return batch
+            for m, kept in enumerate(drawn.reference_states):
+                values = values_before(run, kept, "ref" in needs, "reference_states" in needs)
+                drawn.reference[m] = estimate(run, batch, drawn, m, values)["logp"]
+    if iteration > 0 and {"old", "old_states"} & needs:
+        key_B = dropout_keys(run, batch, step, f"dropout {iteration}")
+        run.policy.train()
+        for m, kept in enumerate(drawn.old_states):
+            with torch.no_grad(), run.policy.forward_passes(key_B[batch.micro[m]]):
+                values = values_before(run, kept, "old" in needs, "old_states" in needs)
+                found = estimate(run, batch, drawn, m, values)["logp"]
+            drawn.old[m] = found if "old" in needs else None
+        run.policy.eval()
+    return drawn
 
 
 @dataclass
@@ -150,21 +177,21 @@ def dropout_keys(run: Run, batch: Batch, step: int, purpose: str) -> Tensor:
 def objective_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Term:
     """The objective: one forward and backward pass over each micro-batch."""
     config, policy, algorithm, term = run.config, run.policy, run.algorithm, Term(run.config.objective.weight)
-    assert batch.noise is not None
+    drawn = batch.drawn[iteration if config.objective.redraw else 0]
     key_B = dropout_keys(run, batch, step, f"dropout {iteration}")
     policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
     for m, rows in enumerate(batch.micro):
         with policy.forward_passes(key_B[rows]):
-            values = estimate(run, batch, m, trained_values(run, batch, m))
+            values = estimate(run, batch, drawn, m, trained_values(run, batch, drawn, m))
         if "old" in algorithm.needs and iteration == 0:  # nothing has moved yet, so these are the old ones
-            batch.old[m] = values["logp"].detach()
+            drawn.old[m] = values["logp"].detach()
         inputs = LossInputs(
             logp_BC=values["logp"],
-            mask_BC=batch.noise.count_BC[rows],
+            mask_BC=drawn.noise.count_BC[rows],
             advantage_B=batch.advantage_B[rows],
             by_sequence=algorithm.estimator.level == "sequence",
-            old_logp_BC=batch.old[m],
-            ref_logp_BC=batch.reference[m] if "ref" in algorithm.needs else None,
+            old_logp_BC=drawn.old[m],
+            ref_logp_BC=drawn.reference[m] if "ref" in algorithm.needs else None,
             correction_BC=batch.correction_BC[rows] if batch.correction_BC is not None else None,
             readouts={name: value for name, value in values.items() if name != "logp"},
         )
@@ -178,26 +205,27 @@ def objective_gradient(run: Run, batch: Batch, step: int, iteration: int) -> Ter
     return term
 
 
-def estimate(run: Run, batch: Batch, m: int, values: ValuesFn) -> dict[str, Tensor]:
+def estimate(run: Run, batch: Batch, drawn: Drawn, m: int, values: ValuesFn) -> dict[str, Tensor]:
     """The estimator's values (BC...) of micro-batch m, by name."""
-    assert batch.noise is not None
     rows = batch.micro[m]
-    rollout, noise, advantage_B = batch.rollout.rows(rows), batch.noise.rows(rows), batch.advantage_B[rows]
+    rollout, noise, advantage_B = batch.rollout.rows(rows), drawn.noise.rows(rows), batch.advantage_B[rows]
     estimator, mask_id = run.algorithm.estimator, run.policy.mask_id
     return estimator.estimate(values, rollout, noise, mask_id, run.config.objective, advantage_B)
 
 
-def reference_values(run: Run, states: list[Tensor]) -> ValuesFn:
-    """Log-probabilities on each canvas; its final hidden states go into `states` if a readout needs them."""
+def values_before(run: Run, states: list[Tensor], logp: bool, keep: bool) -> ValuesFn:
+    """Log-probabilities on each canvas before any update, if `logp`; its final hidden states go into `states`, if
+    `keep`, for readouts that compare with them."""
 
     def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
         states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]
-        if "reference_states" in run.algorithm.needs:
+        if keep:
             states.append(states_NH)
-        if "ref" not in run.algorithm.needs:
+        if not logp:
             return {"logp": torch.zeros(len(token_N), device=token_N.device)}  # nobody asks for them
-        logp = {"logp": run.readouts["logp"]}
-        return read_out(run.policy.project, states_NH, token_N, logp, vocab_size=run.policy.vocab_size)
+        return read_out(
+            run.policy.project, states_NH, token_N, {"logp": run.readouts["logp"]}, vocab_size=run.policy.vocab_size
+        )
 
     return values
 
@@ -212,9 +240,9 @@ def row_gradients(run: Run, batch: Batch) -> Tensor:
     return run.gradient_weight * mean_of_others(torch.cat(found), run.config.rollout.num_generations)
 
 
-def trained_values(run: Run, batch: Batch, m: int) -> ValuesFn:
+def trained_values(run: Run, batch: Batch, drawn: Drawn, m: int) -> ValuesFn:
     """All readouts on each canvas of micro-batch m, with gradient."""
-    reference, old, gradient_BCD = batch.reference_states[m], batch.old_states[m], batch.row_gradient_BCD
+    reference, old, gradient_BCD = drawn.reference_states[m], drawn.old_states[m], batch.row_gradient_BCD
 
     def values(k: int, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> dict[str, Tensor]:
         states_NH = run.policy.states(canvas_BL, attention_BL)[at_BL]

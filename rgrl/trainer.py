@@ -40,12 +40,13 @@ from rgrl.checkpoint import (
 from rgrl.config import Config, as_yaml, check, located
 from rgrl.console import inform, steady, warn
 from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
-from rgrl.evaluation import Evaluation
+from rgrl.evaluation import Evaluation, sampler
 from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
+from rgrl.evaluation.intervals import intervals
 from rgrl.folder import claim, not_ours
 from rgrl.folder import replace as replace_file
-from rgrl.header import header, what_runs
+from rgrl.header import data, header, what_runs
 from rgrl.runtime.clock import Clock
 from rgrl.runtime.collectives import counts
 from rgrl.runtime.launch import join_processes
@@ -124,7 +125,7 @@ def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tupl
     check_model(resume, run.policy)
     check_data(resume, run.fingerprints)
     if accelerator.is_main_process:
-        warn_of_kinks(resume, run.fingerprints)
+        warn_of_kinks(resume, run.fingerprints, config)
     run.fingerprints |= kept(resume)
     return run, load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
 
@@ -222,7 +223,7 @@ class Loop:
         self.progress = replace(self.progress, step=step + 1, skipped_in_a_row=update.skipped_in_a_row)
         metrics = scored.metrics | update.metrics
         if due(step + 1, config.tracking.completions_steps, config.run.steps):
-            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored)))
+            self.tracker.table(step + 1, "train", gather_object(completion_rows(scored, config.data.column)))
         if run.evaluators and due(step + 1, config.run.eval_steps, config.run.steps):
             metrics |= self.evaluate()
         reason = self.record(scored, metrics, started)
@@ -375,6 +376,12 @@ def evaluate(config: Config) -> Evaluation:
         results = [evaluator(run.generate, 0) for evaluator in run.evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     rows = [row for result in results for row in result.rows]
+    tell_failures(run)
+    found = [
+        result for evaluator, result in zip(run.evaluators, results, strict=True) if isinstance(evaluator, HeldOut)
+    ]
+    for result in found if shown else []:
+        inform(intervals(result.rows))
     word = next((row["top_word"] for row in rows if row.get("top_word") is not None), None)
     if shown and word is not None:
         inform(f"the content word that the most completions hold (eval/top_word): {word}")
@@ -384,19 +391,29 @@ def evaluate(config: Config) -> Evaluation:
 def sample(config: Config) -> Iterator[dict]:
     """Completions of the eval prompts with their rewards, guided as the config says, best of each group first.
 
-    Raises `ConfigError` for bad input.
+    They are sampled at `eval.temperature`. Raises `ConfigError` for bad input.
     """
     run = open_checkpoint(config)
     if run.accelerator.num_processes > 1:
         raise ConfigError(f"sampling runs in one process, and {run.accelerator.num_processes} were started")
+    run = replace(run, config=replace(run.config, rollout=sampler(run.config)))
     assert run.eval_prompts is not None
     P, G = config.run.prompts_per_device, config.rollout.num_generations
     for i in range(0, len(run.eval_prompts), P):
         group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
-        rows = completion_rows(scored)
+        tell_failures(run)
+        rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
-            yield from sorted(rows[j : j + G], key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+            together = [{"index": i + j // G} | row for row in rows[j : j + G]]
+            yield from sorted(together, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
+
+
+def tell_failures(run: Run) -> None:
+    """Warn of calls of a Python reward that failed and gave 0 (`reward.on_error: zero`), the first of each."""
+    for name, problem in dict(reversed(run.rewards.failures)).items():
+        warn(f"reward {name!r} {problem}; its completions got 0 (reward.on_error)")
+    run.rewards.failures.clear()
 
 
 def open_checkpoint(config: Config) -> Run:
@@ -414,11 +431,15 @@ def open_checkpoint(config: Config) -> Run:
         check_start(folder, config)
     run = set_up(config, accelerator, resumed=folder is not None)
     if run.eval_prompts is None:
-        raise ConfigError("`data.eval_path` is required here, with `run.eval_steps` above 0")
+        raise ConfigError(
+            "evaluation prompts are required here: `data.eval_path`, `data.eval_split` or `data.eval_fraction`, with "
+            "`run.eval_steps` above 0"
+        )
     if folder is not None:
         check_compatible(folder, run.config, None, ("lora.targets",))
         check_model(folder, run.policy)
         load_adapter(folder, run.policy)
     if run.accelerator.is_main_process:
-        inform(f"{what_runs(run)}\nadapter: {folder or config.lora.path or 'none, the base model'}")
+        adapter = f"adapter: {folder or config.lora.path or 'none, the base model'}"
+        inform("\n".join([what_runs(run), *data(run), adapter]))
     return run

@@ -5,9 +5,9 @@ Shape legend, used in every name: P prompts, G completions per prompt, B = P*G r
 D reward-model embedding width, T denoising steps, M guidance steps per denoising step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,39 +18,99 @@ def _expect(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
+# What is said to a model: the text of one user turn, or the turns of a chat, each with its `role` and `content`.
+Chat = list[dict[str, str]]
+Prompt = str | Chat
+
+
+def turns_of(prompt: Prompt) -> Chat:
+    """The turns of a prompt: a text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def transcript(prompt: Prompt) -> str:
+    """A prompt as one text, for people, Python rewards and models without a chat format: `role: content` by turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def without_oldest(prompt: Prompt) -> Prompt | None:
+    """A chat without its oldest turn and those that answer it; None where only its system and last turns are left."""
+    if isinstance(prompt, str):
+        return None
+    system = [turn for turn in prompt[:1] if turn["role"] == "system"]
+    rest = prompt[len(system) :]
+    following = next((i for i, turn in enumerate(rest) if i and turn["role"] == "user"), None)
+    return None if following is None else system + rest[following:]
+
+
+def with_last(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with another text as its last turn."""
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts: the user's text, the data-set rows, and what the policy is given to read.
+    """P prompts: their texts, the data-set rows, what the policy is given to read, and what is said to any model.
 
-    `inputs` is the text with the chat template applied. Left out, it is the plain text: a raw prompt.
+    `chats` goes to chat templates: a text for one user turn, or the turns of a chat. Left out, it is the texts. The
+    text of a chat is its `transcript`. `inputs` is the chat in the policy's template. Left out, it is the plain text: a
+    raw prompt.
     """
 
     texts: list[str]
     rows: list[dict[str, Any]]
     inputs: list[str] = field(default_factory=list)
+    chats: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.rows):
             raise ValueError(f"{len(self.texts)} texts for {len(self.rows)} rows")
-        if not self.inputs:
-            object.__setattr__(self, "inputs", list(self.texts))
-        if len(self.texts) != len(self.inputs):
-            raise ValueError(f"{len(self.texts)} texts for {len(self.inputs)} inputs")
+        for name in ("inputs", "chats"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, list(self.texts))
+            if len(self.texts) != len(getattr(self, name)):
+                raise ValueError(f"{len(self.texts)} texts for {len(getattr(self, name))} {name}")
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def formatted(self, template: Callable[[str], str]) -> "Prompts":
-        """The same prompts with `template` applied to each text, such as `Policy.format_prompt`."""
-        return replace(self, inputs=[template(text) for text in self.texts])
+    @property
+    def columns(self) -> list[str]:
+        """Every column that some row has."""
+        return sorted({name for row in self.rows for name in row})
 
-    def take(self, index: list[int]) -> "Prompts":
+    def formatted(self, template: Callable[[Prompt], str]) -> "Prompts":
+        """The same prompts with `template` applied to what is said in each, such as `Policy.format_prompt`."""
+        return replace(self, inputs=[template(prompt) for prompt in self.chats])
+
+    def take(self, index: Sequence[int]) -> "Prompts":
         """The prompts with these numbers."""
-        return Prompts([self.texts[i] for i in index], [self.rows[i] for i in index], [self.inputs[i] for i in index])
+        texts, rows = [self.texts[i] for i in index], [self.rows[i] for i in index]
+        return Prompts(texts, rows, [self.inputs[i] for i in index], [self.chats[i] for i in index])
 
     def repeat(self, times: int) -> "Prompts":
         """Each prompt `times` times in a row: the rows of one group stand together."""
         return self.take([i for i in range(len(self)) for _ in range(times)])
+
+    def batches(self, size: int = 1024) -> Iterator["Prompts"]:
+        """All of them in their order, so many at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+
+class SomePrompts(Protocol):
+    """Prompts that are in memory (`Prompts`), or read by number (`rgrl.data.PromptSet`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def columns(self) -> list[str]: ...
+
+    def take(self, index: Sequence[int]) -> Prompts: ...
+
+    def batches(self) -> Iterator[Prompts]: ...
 
 
 @dataclass(frozen=True)

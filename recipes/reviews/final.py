@@ -9,6 +9,7 @@ Prints a table of the model before training and after it. RUN/final.json keeps i
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def basis(config: Config) -> str:
     paths = (config.model.path, config.reward.path, config.judge.path)
     models = [fingerprint(Path(path)) for path in paths if path is not None]
     told = [models, to_dict(config.rollout), to_dict(config.reward), to_dict(config.data), config.run.seed]
+    told += [] if config.eval == Config().eval else [to_dict(config.eval)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -82,7 +84,8 @@ def main() -> None:
     found = final(args.run, strong_judge(args.judge), args.cache, args.prompts)
     print(f"{'held-out openings: ' + str(args.prompts):<28}{'before':>12}{'after':>12}")
     for name, value in found["after"].items():
-        print(f"{name:<28}{found['before'][name]:>12.3f}{value:>12.3f}")
+        before = found["before"].get(name, math.nan)  # measured by an older version, which did not have it
+        print(f"{name:<28}{before:>12.3f}{value:>12.3f}")
     missed = [words for words in guards(found["before"], found["after"]).values() if words is not None]
     print(f"guards missed: {'; '.join(missed)}" if missed else f"guards: none of {len(GUARDS)} missed")
 

@@ -126,7 +126,7 @@ def check_data(folder: Path, fingerprints: dict[str, Any]) -> None:
         )
 
 
-def warn_of_kinks(folder: Path, fingerprints: dict[str, Any]) -> None:
+def warn_of_kinks(folder: Path, fingerprints: dict[str, Any], config: Config) -> None:
     """Say in one line which of the things that a run is measured with are not the saved run's."""
     before = about(folder)
     changed = []
@@ -135,8 +135,25 @@ def warn_of_kinks(folder: Path, fingerprints: dict[str, Any]) -> None:
             changed.append(f"{words} ({', '.join(parts)})")
     if "eval" in before and "eval" in fingerprints and before["eval"] != fingerprints["eval"]:
         changed.append("the evaluation data")
+    if "eval" in fingerprints and (names := _other_evaluation(folder, config)):
+        changed.append(" and ".join(names))
     if changed:
         warn(f"not the same as in {folder}: {', '.join(changed)}; expect a kink in the curves at this step")
+
+
+def _other_evaluation(folder: Path, config: Config) -> list[str]:
+    """The settings of `eval` that are others than the saved run's, by name."""
+    saved = settings_of(folder)
+    before = to_dict(Config().eval) | saved.get("eval", {})
+    names = [f"`eval.{name}`" for name, value in to_dict(config.eval).items() if before[name] != value]
+    at = [
+        own if own is not None else rollout
+        for own, rollout in (
+            (before["temperature"], saved["rollout"].get("temperature", Config().rollout.temperature)),
+            (config.eval.temperature, config.rollout.temperature),
+        )
+    ]
+    return [name for name in names if name != "`eval.temperature`" or at[0] != at[1]]
 
 
 def load_adapter(folder: Path, policy: Policy) -> None:

@@ -6,6 +6,7 @@ from rgrl.config.rules import check
 from rgrl.config.schema import (
     Config,
     DataConfig,
+    EvalConfig,
     GradientConfig,
     GuidanceConfig,
     JudgeConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EvalConfig",
     "GradientConfig",
     "GuidanceConfig",
     "JudgeConfig",

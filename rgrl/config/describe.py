@@ -11,17 +11,18 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from rgrl.config import schema
+from rgrl.config import presets, schema
 from rgrl.config.explain import range_of
 from rgrl.config.kinds import SECTIONS
 
+PARTS = "reward.functions.*"  # what a function of the reward may be, where it is a mapping
 _STANDARD = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
 @functools.cache
 def docs() -> dict[str, dict[str, str]]:
     """The string below each field, by section and key."""
-    names = {cls.__name__: name for name, cls in SECTIONS.items()}
+    names = {cls.__name__: name for name, cls in SECTIONS.items()} | {schema.PartConfig.__name__: PARTS}
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(schema)).body:
         if isinstance(node, ast.ClassDef) and node.name in names:
@@ -60,15 +61,17 @@ def kind_of(hint: Any) -> str:
         return f"list of {kind_of(arguments[0])}"
     if origin is dict:
         return f"mapping of {kind_of(arguments[0])} to {kind_of(arguments[1])}"
-    if arguments:  # a type or None
-        return f"{kind_of(arguments[0])} or null"
+    if arguments:  # one of several types, or None
+        return " or ".join("null" if inner is type(None) else kind_of(inner) for inner in arguments)
+    if dataclasses.is_dataclass(hint):
+        return f"mapping ({', '.join(field.name for field in dataclasses.fields(hint))})"
     return {int: "whole number", float: "number", bool: "true | false", str: "text", Any: "anything"}[hint]
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a file of settings, which editors complete and check by."""
     made = TypeAdapter(schema.Config).json_schema()
-    for section, cls in SECTIONS.items():
+    for section, cls in (SECTIONS | {PARTS: schema.PartConfig}).items():
         properties = made["$defs"][cls.__name__]["properties"]
         for field in dataclasses.fields(cls):
             properties[field.name]["description"] = docs()[section][field.name]
@@ -81,7 +84,8 @@ def json_schema() -> dict[str, Any]:
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "rgrl settings"
     made["properties"]["extends"] = {
-        "type": "string",
-        "description": "Another file of settings, beside this one, which this one changes.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Files of settings, beside this one, and presets by their names, which this one changes; of a "
+        f"list later ones win. Presets: {', '.join(presets.names())}.",
     }
     return made

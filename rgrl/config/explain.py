@@ -13,6 +13,8 @@ from rgrl.errors import ConfigError
 
 # What the same thing is called in TRL, peft, transformers and elsewhere.
 ALIASES = {
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
     "adam_learning_rate": "optim.learning_rate",
     "base_model": "model.path",
     "batch_size": "run.prompts_per_device",
@@ -38,6 +40,7 @@ ALIASES = {
     "fp16": "model.dtype",
     "generation_batch_size": "rollout.micro_batch",
     "grad_clip": "optim.max_grad_norm",
+    "greedy": "eval.temperature",
     "group_size": "rollout.num_generations",
     "kl_coef": "objective.beta",
     "learning_rate_schedule": "optim.schedule",
@@ -66,10 +69,12 @@ ALIASES = {
     "num_iterations": "objective.iterations",
     "num_train_epochs": "run.steps",
     "num_training_steps": "run.steps",
+    "pass_at_k": "eval.samples",
     "per_device_eval_batch_size": "rollout.micro_batch",
     "per_device_train_batch_size": "run.prompts_per_device",
     "project_name": "tracking.project",
     "quantization": "model.quantize",
+    "random_masking": "objective.redraw",
     "rank": "lora.r",
     "remasking": "rollout.confidence",
     "report_to": "tracking.wandb",
@@ -98,7 +103,7 @@ def explain(error: ValidationError, prefix: str, sections: Mapping[str, type]) -
     """The first problem of a section called `prefix`, or of all sections where that is empty."""
     found = error.errors(include_url=False)[0]
     kind, value = found["type"], found.get("input")
-    parts = [part for part in found["loc"] if part != "[key]"]
+    parts = [part for part in found["loc"] if part not in ("[key]", "[number]", "[mapping]")]
     if prefix and parts and isinstance(parts[0], int):  # given by position
         parts[0] = list(sections[prefix].__annotations__)[parts[0]]
     key = ".".join(map(str, [prefix] * bool(prefix) + parts))

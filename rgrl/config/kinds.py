@@ -39,10 +39,10 @@ class Null(Plain):
 
 
 @dataclass_transform(field_specifiers=(field,))
-def section(name: str) -> Callable[[type[T]], type[T]]:
+def section(name: str, listed: bool = True) -> Callable[[type[T]], type[T]]:
     """A dataclass whose values pydantic checks when it is made; a bad one raises `ConfigError`.
 
-    `name` is what its keys begin with.
+    `name` is what its keys begin with. `listed`: it is a section of the settings; otherwise a value within one.
     """
 
     def make(cls: type[T]) -> type[T]:
@@ -57,7 +57,7 @@ def section(name: str) -> Callable[[type[T]], type[T]]:
                 raise ConfigError(explain(error, name, SECTIONS)) from None
 
         made.__init__ = init
-        if name:
+        if name and listed:
             SECTIONS[name] = made
         return made
 

@@ -1,16 +1,19 @@
 """One YAML file plus dotted overrides (`--optim.learning_rate 1e-4`) make a `Config`.
 
-A file may extend another one (`extends: rgrl.yaml`, beside it) and say only what differs. Scalars stay text here, and
-each setting reads its own (kinds.py). An unknown key, a value of the wrong type or a setting that cannot work raises
-`ConfigError` with one line: what is wrong and what would be right.
+A file may extend others and say only what differs: `extends: rgrl.yaml` (a file beside it), `extends: gsm8k` (a preset,
+presets.py), or a list of both, of which later ones win. Scalars stay text here, and each setting reads its own
+(kinds.py). An unknown key, a value of the wrong type or a setting that cannot work raises `ConfigError` with one line:
+what is wrong and what would be right.
 """
 
+import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rgrl.config import presets
 from rgrl.config.explain import short, unknown
 from rgrl.config.kinds import SECTIONS, Null, Plain, read_anything, read_path
 from rgrl.config.paths import expanded
@@ -29,7 +32,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `ConfigError`.
     """
-    tree = _read(path, ())
+    tree = _read(path, (), {})
     for key, text in _parse_overrides(overrides or []):
         _override(tree, key, text)
     # A section with nothing in it is one where every line is a comment.
@@ -38,18 +41,39 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
-def _read(path: str | Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The settings in a file, laid over those of the file that its key `extends` names."""
+def _read(path: str | Path, below: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The settings in a file, laid over those of what its key `extends` names.
+
+    `below`: the files that extend this one; `known`: what has been read already, by file.
+    """
     by = f" (which {below[-1]} extends)" if below else ""
+    path, text = _read_text(path, by)
+    place = path.resolve()
+    if place in below:
+        raise ConfigError(f"{path} extends itself, by way of {' and '.join(map(str, below))}")
+    if place in known:
+        return known[place]
+    tree = parse(text, str(path))
+    if isinstance(tree, Null):
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not {short(tree)}")
+    above: dict[str, Any] = {}
+    for parent in _parents(tree.pop("extends", Null()), path):
+        above = _overlay(above, _read(parent, (*below, place), known))
+    known[place] = _overlay(above, tree)
+    return known[place]
+
+
+def _read_text(path: str | Path, by: str) -> tuple[Path, str]:
+    """A file's path, written out, and its text. `by` says in errors who extends it."""
     try:
         path = Path(expanded(read_path(path), "--config"))
         if not path.is_file():
             raise ConfigError(f"--config {path}{by}: no such file")
-        if path.resolve() in below:
-            raise ConfigError(f"{path} extends itself, by way of {' and '.join(map(str, below))}")
         if path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"{path}{by} is no file of settings: it has more than {MOST_BYTES:,} bytes")
-        text = path.read_text(encoding="utf-8-sig")
+        return path, path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}{by} is not valid YAML: it is not text in UTF-8 ({error.reason})") from error
     except ConfigError:
@@ -58,26 +82,40 @@ def _read(path: str | Path, below: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"--config {short(path)}{by} must be {error}") from error
     except OSError as error:
         raise ConfigError(f"--config {path}{by} cannot be read: {error.strerror}") from error
-    tree = parse(text, str(path))
-    if isinstance(tree, Null):
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not {short(tree)}")
-    parent = tree.pop("extends", Null())
-    if isinstance(parent, Null):
-        return tree
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: `extends` must be the path of a file, not {short(parent)}")
-    above = path.parent / expanded(parent, f"{path}: `extends`")
-    return _overlay(_read(above, (*below, path.resolve())), tree)
 
 
-def _overlay(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with `changes`, section by section."""
-    return tree | {
-        key: _overlay(tree[key], value) if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
-        for key, value in changes.items()
-    }
+def _parents(value: Any, path: Path) -> list[Path]:
+    """The files that `extends` of the file at `path` names, in its order."""
+    entries = value if isinstance(value, list) else [] if isinstance(value, Null) else [value]
+    found = []
+    for entry in entries:
+        if not isinstance(entry, str) or isinstance(entry, Null) or not entry:
+            raise ConfigError(
+                f"{path}: `extends` must be the path of a file, the name of a preset, or a list of these, not "
+                f"{short(entry)}"
+            )
+        if presets.is_name(entry):
+            try:
+                found.append(presets.find(entry))
+            except ConfigError as error:
+                told = "a file is named with a slash, or with .yaml at its end"
+                raise ConfigError(f"{path}: `extends`: {error} ({told})") from error
+        else:
+            found.append(path.parent / expanded(entry, f"{path}: `extends`"))
+    return found
+
+
+def _overlay(tree: dict[str, Any], changes: dict[str, Any], sections: bool = True) -> dict[str, Any]:
+    """`tree` with `changes`, section by section. Of `sections`, one where every line is a comment changes nothing."""
+    laid = dict(tree)
+    for key, value in changes.items():
+        below = tree.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _overlay(below, value, sections=False)
+        elif sections and isinstance(below, dict) and isinstance(value, Null) and value == "":
+            value = below
+        laid[key] = value
+    return laid
 
 
 def _parse_overrides(words: list[str]) -> list[tuple[str, str]]:
@@ -117,6 +155,9 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         raise ConfigError(f"--{key}: `{name}` is a value, not a section")
     if entry:
         inner = typing.get_args(kinds[name])[1]
+        if any(dataclasses.is_dataclass(kind) for kind in typing.get_args(inner)):
+            node[name] = _with_part(node.get(name), entry, parse(text, f"--{key}"))
+            return
         value: Any = parse(text, f"--{key}") if inner is Any or typing.get_origin(inner) is dict else text
         found = node.get(name)
         known: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -129,6 +170,25 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         node[name] = parse(text, f"--{key}")
     else:
         node[name] = Null(text) if text in _NULLS else text
+
+
+def _with_part(parts: Any, entry: str, value: Any) -> dict[str, Any]:
+    """A mapping such as `reward.functions` with `entry` set: a name, or a name and keys of its mapping.
+
+    A name may be a dotted path, `package.module:function`, which ends at the next dot after its colon.
+    """
+    module, colon, rest = entry.partition(":")
+    first, _, keys = rest.partition(".") if colon else entry.partition(".")
+    first, known = f"{module}:{first}" if colon else first, parts if isinstance(parts, dict) else {}
+    if not keys:
+        return known | {first: value}
+    found = known.get(first, {})
+    found = dict(found) if isinstance(found, dict) else {"weight": found}
+    key, _, below = keys.partition(".")
+    if below:
+        inner = found.get(key)
+        value = (inner if isinstance(inner, dict) else {}) | {below: value}
+    return known | {first: found | {key: value}}
 
 
 # ------------------------------------------------------------------------------------------------ YAML

@@ -16,7 +16,7 @@ def check(c: Config) -> None:
     rows = c.run.prompts_per_device * c.rollout.num_generations
     rules = [
         (bool(c.model.path), "`model.path` is required: the folder or hub id of a diffusion LM"),
-        (bool(c.data.path), "`data.path` is required: a file of prompts"),
+        (bool(c.data.path or c.data.generate), "`data.path` is required: a file of prompts (or `data.generate`)"),
         (bool(c.run.output_dir), "`run.output_dir` is required: a folder for the results"),
         (bool(c.reward.path or c.reward.functions), "a reward is required: set `reward.path` or `reward.functions`"),
         (
@@ -36,6 +36,21 @@ def check(c: Config) -> None:
         (
             c.gradient.weight == 0 or c.gradient.of == "reward" or bool(c.reward.path or c.guidance.path),
             "`gradient.of: guide` needs a model with a gradient: set `reward.path` or `guidance.path`",
+        ),
+        (
+            c.rollout.temperature > 0,
+            "`rollout.temperature` must be above 0, not 0: training samples; `eval.temperature: 0` evaluates greedily",
+        ),
+        (
+            not (c.eval.temperature == 0 and c.eval.samples > 1 and c.rollout.confidence != "origin")
+            or c.rollout.position_temperature > 0,
+            f"`eval.samples` ({c.eval.samples}) must be 1 with `eval.temperature: 0`, which writes the same completion "
+            "every time",
+        ),
+        (
+            c.rollout.num_generations > 1
+            or not any(getattr(part, "normalise", False) for part in (c.reward, *c.reward.functions.values())),
+            "`normalise` compares the completions of a group: set `rollout.num_generations` to at least 2",
         ),
         (
             rows <= MOST_ROWS,

@@ -5,11 +5,13 @@ one of another section is in rules.py. A section that is made with a bad value r
 """
 
 import dataclasses
+import difflib
 import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from rgrl.config.explain import short
 from rgrl.config.kinds import (
@@ -24,6 +26,7 @@ from rgrl.config.kinds import (
     Whole,
     section,
 )
+from rgrl.config.template import pieces
 from rgrl.errors import ConfigError
 
 # Far beyond what anybody needs. A larger number is a slip, and would hang a run or fill its memory.
@@ -98,18 +101,128 @@ class LoraConfig:
 @section("data")
 class DataConfig:
     path: PathText = ""
-    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder written by
-    `datasets.save_to_disk`, or a Hub id. Required."""
-    eval_path: Maybe[PathText] = None
-    """Evaluation prompts, same forms. None: no evaluation."""
+    """Training prompts: a .jsonl, .json, .csv, .parquet or .txt (one prompt a line) file, a folder of such files or one
+    written by `datasets.save_to_disk`, or a Hub id. Required, but for `generate`."""
+    subset: Maybe[Text] = None
+    """Configuration of a Hub data set, such as `main` of `openai/gsm8k`. None: the only one."""
     split: Text = "train"
-    """Split of a Hub or saved data set."""
-    column: Text = "prompt"
-    """Column with the prompt: a string, or a list of chat messages (its first user turn is taken)."""
-    max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
-    """Limit in policy tokens, chat markers included; a longer prompt is an error."""
+    """Split of a Hub or saved data set; of `eval_path` too, where `eval_split` is not set."""
+    revision: Maybe[Revision] = None
+    """Branch, tag or commit of a data set of the Hub. None: its main branch."""
+    eval_path: Maybe[PathText] = None
+    """Evaluation prompts, same forms. None: those of `eval_split` or `eval_fraction`; without these no evaluation."""
+    eval_subset: Maybe[Text] = None
+    """Configuration of `eval_path`, where that is set."""
+    eval_split: Maybe[Text] = None
+    """Split to evaluate on, of `eval_path`, or of `path` where that is not set."""
+    eval_revision: Maybe[Revision] = None
+    """Branch, tag or commit of `eval_path`, where that is set."""
+    eval_fraction: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Fraction of the rows of `path` to hold out for evaluation, by the hash of the prompt's text: the same ones in any
+    order and number, and a text that stands twice is on one side. 0: none."""
     eval_prompts: Annotated[Whole, Ge(1), Le(MANY)] = 64
     """Number of evaluation prompts used (the first ones)."""
+    generate: Maybe[Literal["countdown", "sudoku4"]] = None
+    """Puzzles made from a seed, instead of `path`: the same ones anywhere (rgrl/data/puzzles.py)."""
+    generate_rows: Annotated[Whole, Ge(1), Le(10**7)] = 10000
+    """Number of puzzles, those of `eval_fraction` among them."""
+    generate_seed: Annotated[Whole, Ge(0), Lt(2**63)] = 0
+    """Their seed."""
+    column: Text = "prompt"
+    """Column with the prompt: a string, or a list of chat messages with `role` (system, user, assistant) and `content`.
+    Assistant turns at the end are left out: the prompt ends with the user's last turn."""
+    turns: Literal["all", "first_user"] = "all"
+    """What is taken of chat messages: `all` of them, which the templates of policy and reward models show alike, or
+    only the text of the first user turn."""
+    template: Maybe[Text] = None
+    """A user turn with columns of the row in braces, such as `"{question}\\nAnswer:"`, instead of `column`. Braces
+    themselves are doubled. Other values than text are written as JSON. None: `column`."""
+    system: Maybe[Text] = None
+    """System message put first. A chat that has one of its own keeps it."""
+    where: dict[Text, Anything] = field(default_factory=dict)
+    """Rows to keep, by column: the value that it must have, or a list of such values, as in `{language: English}`."""
+    max_rows: Maybe[Annotated[Whole, Ge(1), Le(MANY)]] = None
+    """Number of rows of `path` that are read at most (the first ones). None: all."""
+    deduplicate: Flag = False
+    """Keep the first of the rows whose prompts have the same text, and train on none that evaluation uses."""
+    min_prompt_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
+    """A prompt of fewer policy tokens is left out; chat markers do not count, and of a chat only the last turn does."""
+    max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
+    """Limit in policy tokens, chat markers included; see `too_long`."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """A longer prompt ends the run before it starts, is left out (`drop`), or loses its beginning (`truncate`): a chat
+    its oldest turns, but for the system's, and then the last turn its first characters. Policy and rewards are shown
+    the same rest. The run says how many."""
+    max_bad: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Fraction of bad rows (no JSON, no prompt text, nested too deeply ...) above which a run refuses to start. Fewer
+    are left out and counted."""
+
+    def __post_init__(self) -> None:
+        if self.path and self.generate is not None:
+            raise ConfigError(f"`data.path` ({self.path}) and `data.generate` ({self.generate}) are both set: set one")
+        check_pinned("data", self.path, self.revision)
+        for name in ("eval_subset", "eval_revision"):
+            if getattr(self, name) is not None and self.eval_path is None:
+                raise ConfigError(
+                    f"`data.{name}` is of `data.eval_path`, which is not set; `data.eval_split` alone is of `data.path`"
+                )
+        if self.eval_fraction and (self.eval_path is not None or self.eval_split is not None):
+            other = "eval_path" if self.eval_path is not None else "eval_split"
+            raise ConfigError(f"`data.eval_fraction` and `data.{other}` both name the evaluation prompts: set one")
+        if self.generate is not None and self.eval_path is None and self.eval_split is not None:
+            raise ConfigError("`data.eval_split`: generated puzzles have no splits; set `data.eval_fraction`")
+        if self.template is not None and not any(name for _, name in pieces(self.template)):
+            raise ConfigError(f"`data.template` names no column: {short(self.template)} would be every prompt")
+        for name, value in self.where.items():
+            values = value if isinstance(value, list) else [value]
+            if not values or any(isinstance(one, list | dict) for one in values):
+                raise ConfigError(f"`data.where.{name}` must be a value or a list of values, not {short(value)}")
+
+
+@section("reward.functions.*", listed=False)
+class PartConfig:
+    """A function of the reward with more than its weight."""
+
+    weight: Number = 1.0
+    """Its weight in the sum of rewards."""
+    function: Maybe[Text] = None
+    """The function, as the keys of `reward.functions` are, where its key there is another name. None: the key."""
+    name: Maybe[Text] = None
+    """Its name in `rewards/<name>/mean`. None: that of the function, or the key where `function` is set."""
+    settings: dict[Text, Anything] = field(default_factory=dict)
+    """Its own settings, as in `reward.settings`."""
+    time_limit: Maybe[Annotated[Number, Ge(0), Le(1e7)]] = None
+    """Seconds of one call, instead of `reward.time_limit`; of `math` and `pattern`, which have a process of their own,
+    seconds of one completion, after which it gets None (defaults 5 and 1)."""
+    clip: Maybe[list[Number]] = None
+    """Lowest and highest value; what is beyond counts as that. Before the weight."""
+    normalise: Flag = False
+    """Advantages see it as its distance from the mean of the group (completions of one prompt), in standard deviations
+    of the group (GDPO, arXiv 2601.05242), so that functions of any scale weigh alike. A group is always on one process,
+    so no number depends on how a step is divided. The rewards shown stay as they were."""
+    only_if: Maybe[Text] = None
+    """Name of another part of the reward; this one is paid only where that one pays more than 0, and is 0 elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_clip("reward.functions.*.clip", self.clip)
+
+
+PART_KEYS = tuple(f.name for f in dataclasses.fields(PartConfig))
+Part = Annotated[
+    Annotated[Number, Tag("[number]")] | Annotated[PartConfig, Tag("[mapping]")],
+    Discriminator(lambda value: "[mapping]" if isinstance(value, dict | PartConfig) else "[number]"),
+]
+
+
+def read_parts(value: Any) -> Any:
+    """Refuse unknown keys by the name of their function. Raises `ConfigError`."""
+    for name, part in value.items() if isinstance(value, dict) else ():
+        for key in part if isinstance(part, dict) else ():
+            if key not in PART_KEYS:
+                near = difflib.get_close_matches(str(key), PART_KEYS, n=1, cutoff=0.6)
+                meant = f"did you mean `{near[0]}`?" if near else f"a function has {', '.join(PART_KEYS)}"
+                raise ConfigError(f"unknown key `reward.functions.{str(name)[:80]}.{str(key)[:80]}`; {meant}")
+    return value
 
 
 @section("reward")
@@ -124,18 +237,30 @@ class RewardConfig:
     """Its name in `rewards/<name>/mean`."""
     weight: Number = 1.0
     """Its weight in the sum of rewards."""
+    clip: Maybe[list[Number]] = None
+    """Lowest and highest score of that model that counts. Like the next two it shapes what is learned from, not what
+    guides; they are explained at `reward.functions` (docs/verifiers.md)."""
+    normalise: Flag = False
+    """Advantages see its score in standard deviations of the group."""
+    only_if: Maybe[Text] = None
+    """It is paid only where the part of this name pays more than 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of its weights."""
     max_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
     """Longest text that it is shown, in its tokens, template included. 0: as many as it has positions for. A longer
     text loses the beginning of its prompt, which `rewards/<name>/cut` counts. Also for a guide of its own."""
-    functions: dict[Text, Number] = field(default_factory=dict)
-    """Plain Python rewards: dotted path `package.module:function` -> weight. Each is called as
+    functions: Annotated[dict[Text, Part], BeforeValidator(read_parts)] = field(default_factory=dict)
+    """Verifiers by name (`numeric`, `exact`, `math`, `countdown`, `sudoku`, `tags`, `pattern`, `length`, `repetition`:
+    docs/verifiers.md) and plain Python rewards by dotted path `package.module:function` -> weight, or a mapping with
+    `weight`, `function`, `name`, `settings`, `time_limit`, `clip`, `normalise`, `only_if`. Python is called as
     `function(prompts, completions, rows)`, or by name with columns of the data, as `function(completions, answer)`
     (rgrl/rewards/functions.py), and returns one number a completion, or None for no reward from this one: the sum
     leaves it out, and a completion that gets none at all is left out of its group."""
     settings: dict[Text, dict[Text, Anything]] = field(default_factory=dict)
     """Settings of functions: function's name (after the colon) -> parameter -> value."""
+    max_bad: Annotated[Number, Ge(0), Le(1)] = 0.0
+    """Fraction of rows of the data that a verifier may fail to read, such as an answer that is no number; above it a
+    run does not start. Those rows give no reward from it. An empty (null) answer does not count."""
     time_limit: Annotated[Number, Ge(0), Le(1e7)] = 300.0
     """Seconds that one call of a function may take before it is interrupted, the trial at a run's start too. 0: no
     limit. Native code that cannot be interrupted ends the process 30 seconds later, and prints where it hangs."""
@@ -152,6 +277,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_pinned("reward", self.path, self.revision)
+        check_clip("reward.clip", self.clip)
 
 
 @section("judge")
@@ -169,6 +295,21 @@ class JudgeConfig:
         check_pinned("judge", self.path, self.revision)
 
 
+@section("eval")
+class EvalConfig:
+    temperature: Maybe[Annotated[Number, Ge(0), Le(1e4)]] = None
+    """Temperature of evaluations and of `rgrl sample`. None: `rollout.temperature`. 0: greedy, the most likely token at
+    each place, under guidance that of the guided logits; places are then ranked at temperature 1, as the authors of
+    Dream and LLaDA do. Paper: 0.7."""
+    samples: Annotated[Whole, Ge(1), Le(4096)] = 1
+    """Completions of each evaluation prompt, from which `eval/rewards/<name>/pass_at_<k>` is computed for 1, 2, 4, ...
+    and this number. Every other number of an evaluation is over all of them. The first is the same whatever this is."""
+    passes: dict[Text, Number] = field(default_factory=dict)
+    """From which value on a reward counts as passed: its name (a function's is that after the colon) -> value. A
+    function of `reward.functions` that is not named here counts at 1, as long as it gives numbers from 0 to 1 only;
+    others, and a reward model, have no pass."""
+
+
 @section("rollout")
 class RolloutConfig:
     num_generations: Annotated[Whole, Ge(1), Le(4096)] = 4
@@ -177,8 +318,9 @@ class RolloutConfig:
     """C, mask tokens appended to each prompt. Paper: 128."""
     steps: Annotated[Whole, Ge(1), Le(10**6)] = 128
     """T, denoising steps, 1 ... C. Paper: 128."""
-    temperature: Annotated[Number, Gt(0), Le(1e4)] = 0.9
-    """Sampling temperature, > 0. Paper: 0.9 in training, 0.7 at test time."""
+    temperature: Annotated[Number, Ge(0), Le(1e4)] = 0.9
+    """Sampling temperature, > 0 in a run; `eval.temperature` is that of its evaluations. From Python 0 takes the most
+    likely token everywhere. Paper: 0.9 in training, 0.7 at test time."""
     top_p: Annotated[Number, Gt(0), Le(1)] = 0.95
     """Nucleus: smallest set of tokens with this probability, in (0, 1]. Paper: 0.95."""
     top_k: Annotated[Whole, Ge(0), Le(MANY)] = 50
@@ -313,7 +455,11 @@ class ObjectiveConfig:
     epsilon_high: Annotated[Number, Ge(0)] = 0.2
     """`grpo`: the ratio is clipped above 1 + epsilon_high."""
     iterations: Annotated[Whole, Ge(1), Le(1000)] = 1
-    """Optimizer updates per rollout."""
+    """Optimizer updates per rollout. d1: 12."""
+    redraw: Flag = False
+    """Whether each of these updates has noise of its own (which tokens are hidden for the log-probabilities), as in d1,
+    or that of the first. Takes a forward pass more for each update, for the log-probabilities before the first, where
+    the objective needs those."""
     prompt_mask: Annotated[Number, Ge(0), Lt(1)] = 0.3
     """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
     settings: dict[Text, Anything] = field(default_factory=dict)
@@ -381,8 +527,15 @@ class OptimConfig:
     """After the warm-up: constant, or a decay that would reach 0 just after the last update."""
     weight_decay: Annotated[Number, Ge(0), Le(1000)] = 0.0
     """AdamW's decoupled weight decay."""
+    betas: list[Annotated[Number, Ge(0), Lt(1)]] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's two decay rates, of the mean of the gradients and of that of their squares, each in [0, 1). d1: 0.9 and
+    0.99."""
     max_grad_norm: Annotated[Number, Gt(0)] = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are scaled down to this global norm. d1: 0.2."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ConfigError(f"`optim.betas` must be two numbers in [0, 1), such as [0.9, 0.999], not {self.betas}")
 
 
 @section("run")
@@ -449,6 +602,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -456,6 +610,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def check_clip(key: str, clip: list[float] | None) -> None:
+    """Refuse what is no pair of a lower and a higher limit. Raises `ConfigError`."""
+    if clip is not None and (len(clip) != 2 or clip[0] >= clip[1]):
+        raise ConfigError(f"`{key}` must be a lower and a higher limit, such as [-1, 1], not {clip}")
 
 
 def check_pinned(section: str, path: str | None, revision: str | None) -> None:

@@ -1,7 +1,8 @@
-"""Prompts: reading them, and which of them a step sees."""
+"""Prompts: reading them, what of them is kept, and which of them a step sees."""
 
 from rgrl.data.fingerprint import fingerprint
-from rgrl.data.sources import load_prompts
+from rgrl.data.lengths import fit
+from rgrl.data.prompts import PromptSet, Tally, load_data, load_prompts
 from rgrl.data.stream import PromptStream
 
-__all__ = ["PromptStream", "fingerprint", "load_prompts"]
+__all__ = ["PromptSet", "PromptStream", "Tally", "fingerprint", "fit", "load_data", "load_prompts"]

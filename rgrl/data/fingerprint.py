@@ -5,15 +5,17 @@ import json
 import re
 from typing import Any
 
-from rgrl.types import Prompts
+from rgrl.types import SomePrompts
 
 
-def fingerprint(prompts: Prompts) -> dict[str, str]:
+def fingerprint(prompts: SomePrompts) -> dict[str, str]:
     """What identifies a set of prompts: `prompts` their number and texts in order, `rows` every column of every row."""
-    texts = hashlib.sha256("\0".join(prompts.texts).encode("utf-8", "surrogatepass"))
-    rows, encode = hashlib.sha256(), json.JSONEncoder(sort_keys=True, default=_plain).encode
-    for row in prompts.rows:
-        rows.update(encode(row).encode() + b"\n")
+    texts, rows = hashlib.sha256(), hashlib.sha256()
+    encode, between = json.JSONEncoder(sort_keys=True, default=_plain).encode, b""
+    for batch in prompts.batches():
+        texts.update(between + "\0".join(batch.texts).encode("utf-8", "surrogatepass"))
+        rows.update("".join(f"{encode(row)}\n" for row in batch.rows).encode())
+        between = b"\0"
     return {
         "prompts": f"{len(prompts)} prompts (SHA-256 {texts.hexdigest()[:16]})",
         "rows": rows.hexdigest(),

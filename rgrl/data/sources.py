@@ -1,93 +1,75 @@
-"""Read prompts from files, saved data sets and the Hub. Reading only: the order of prompts is `stream.py`'s."""
+"""Open the rows of files, folders and data sets of the Hub. Reading only: what is made of them is in `prompts.py`."""
 
 import glob
 import json
 import os
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rgrl.config import DataConfig
+from rgrl.data.rows import LineRows, ListRows, Rows, TableRows
 from rgrl.errors import ConfigError
-from rgrl.types import Prompts
+
+_FILES = ("json", "csv", "parquet")
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `save_to_disk` leaves
 
 
-def load_prompts(path: str, config: DataConfig) -> Prompts:
-    """Read prompts from a file, a saved data set or the Hub. Raises `ConfigError`."""
-    rows = _read_rows(path, config.split)
-    if not rows:
-        raise ConfigError(f"{path} has no rows: expected at least one prompt")
-    if config.column not in rows[0]:
-        raise ConfigError(f"{path} has no column {config.column!r}; it has {', '.join(rows[0])}")
-    return Prompts([_first_turn(row.get(config.column), i, path) for i, row in enumerate(rows)], rows)
+@dataclass(frozen=True)
+class Source:
+    """Where rows are, as the settings say. `eval_` begins the settings' names where they are those of evaluation."""
+
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    eval_: str = ""
+    most: int | None = None  # rows that are read at most; None: all
+
+    def __str__(self) -> str:
+        return self.path
 
 
-def _first_turn(value: Any, i: int, path: str) -> str:
-    if isinstance(value, list):
-        turns = [turn for turn in value if isinstance(turn, dict)]
-        value = next((turn.get("content") for turn in turns if turn.get("role") == "user"), None)
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{path}: row {i} has no prompt text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{path}: row {i} has a prompt with half a surrogate pair (character {error.start}), which is no text"
-        ) from error
-    return value
-
-
-def _read_rows(path: str, split: str) -> list[dict[str, Any]]:
-    file = Path(path)
+def open_rows(source: Source) -> Rows:
+    """The rows of a file, a folder or a data set of the Hub. Raises `ConfigError`."""
+    path, file = source.path, Path(source.path)
+    if file.suffix in (".txt", ".jsonl") or file.is_file():
+        if source.revision is not None:
+            raise ConfigError(
+                f"data {path} is a file, and only a data set of the Hub has a revision ({source.revision}): set the "
+                "revision to null"
+            )
+        if source.subset is not None:
+            raise ConfigError(f"data {path} is a file, which has no subset ({source.subset}): set it to null")
     if file.suffix in (".txt", ".jsonl"):
-        return _read_lines(path)
-    if file.suffix in (".json", ".csv", ".parquet") and not file.is_file():
+        if not file.is_file():
+            raise ConfigError(f"data file {path}: no such file")
+        return LineRows(path, source.most)
+    if file.suffix.removeprefix(".") in _FILES and not file.is_file():
         raise ConfigError(f"data file {path}: no such file")
-    return _read_data_set(path, split)
+    return _first(_read_data_set(source), source.most)
 
 
-def _read_lines(path: str) -> list[dict[str, Any]]:
-    """Rows of a .txt or .jsonl file."""
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"data file {path}: no such file")
-    try:
-        # Not `splitlines`, which also cuts at characters that JSON may hold.
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data file {path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise ConfigError(f"data file {path} cannot be read: {error.strerror}") from error
-    if file.suffix == ".txt":
-        return [{"prompt": line} for line in lines if line.strip()]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the second where it is nested too deeply
-            raise ConfigError(f"{path}: line {number} is not JSON") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}: line {number} is not a JSON object")
-        rows.append(row)
-    return rows
+def _first(table: Any, most: int | None) -> Rows:
+    if isinstance(table, list):
+        return ListRows(table)
+    return TableRows(table if most is None or most >= len(table) else table.select(range(most)))
 
 
-def _read_data_set(path: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a file, folder or Hub id that the `datasets` library reads.
+def _read_data_set(source: Source) -> Any:
+    """What the `datasets` library makes of a file, folder or Hub id; [] for an empty file.
 
     What it raises has no common class: it depends on the format, and on what reads that.
     """
     import datasets  # only for what the standard library does not read
 
-    file = Path(path)
+    path, file = source.path, Path(source.path)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print a cause that our error names
     if file.is_file():
         kind = file.suffix.removeprefix(".")
-        if kind not in ("json", "csv", "parquet"):
+        if kind not in _FILES:
             raise ConfigError(f"data file {path}: expected .jsonl, .json, .csv, .parquet or .txt")
         try:
             if kind == "json" and (odd := _broken_text(file.read_bytes())) is not None:
@@ -98,25 +80,65 @@ def _read_data_set(path: str, split: str) -> list[dict[str, Any]]:
         except Exception as error:
             raise ConfigError(f"data file {path} cannot be read as {kind}: {_reason(error)}") from error
     if file.is_dir():
-        try:
-            saved = datasets.load_from_disk(os.path.abspath(path))
-            found = saved if isinstance(saved, datasets.DatasetDict) else {split: saved}
-            rows = list(found[split]) if split in found else None
-        except Exception as error:
-            raise ConfigError(f"data folder {path} cannot be read as a saved data set: {_reason(error)}") from error
-        if rows is None:
-            raise ConfigError(f"data folder {path} has no split {split!r}; it has {', '.join(found)}")
-        return rows
+        saved = any((file / name).is_file() for name in _SAVED)
+        return _read_saved(source) if saved else _read_repository(source, f"data folder {path} cannot be read")
     if path.startswith((".", "/")) or path.count("/") > 1:
         raise ConfigError(f"data {path}: no such file or folder")
+    return _read_repository(source, f"data {path}: neither a file nor found on the Hub")
+
+
+def _read_saved(source: Source) -> Any:
+    """A folder of `save_to_disk`."""
+    import datasets
+
+    path = source.path
+    for name, value in (("revision", source.revision), ("subset", source.subset)):
+        if value is not None:
+            raise ConfigError(f"data folder {path} is a saved data set, which has no {name} ({value}): set it to null")
     try:
-        return list(datasets.load_dataset(path, split=split))
+        saved = datasets.load_from_disk(os.path.abspath(path))
     except Exception as error:
-        raise ConfigError(f"data {path}: neither a file nor found on the Hub ({type(error).__name__})") from error
+        raise ConfigError(f"data folder {path} cannot be read as a saved data set: {_reason(error)}") from error
+    found = saved if isinstance(saved, datasets.DatasetDict) else {source.split: saved}
+    if source.split not in found:
+        raise ConfigError(f"data folder {path} has no split {source.split!r}; it has {', '.join(found)}")
+    return found[source.split]
 
 
-def _read_file(file: Path, kind: str) -> list[dict[str, Any]]:
-    """Rows of a .json, .csv or .parquet file, whatever its name and those of its folders are.
+def _read_repository(source: Source, otherwise: str) -> Any:
+    """One split of a data set of the Hub, or of a folder laid out like one. `otherwise` begins other errors."""
+    import datasets
+
+    path, subset, split = source.path, source.subset, source.split
+    local = Path(path).is_dir()
+    if local and source.revision is not None:
+        raise ConfigError(
+            f"data folder {path}: only a data set of the Hub has a revision ({source.revision}): set it to null"
+        )
+    where = os.path.abspath(path) if local else path
+    try:
+        return datasets.load_dataset(where, subset, split=split, revision=source.revision)
+    except Exception as error:
+        pinned = "" if source.revision is None else f" at revision {source.revision}"
+        problem = _choice(source, error) or f"{otherwise}{pinned}: {_reason(error)} ({type(error).__name__})"
+        raise ConfigError(problem) from error
+
+
+def _choice(source: Source, error: Exception) -> str | None:
+    """What there is to choose from, where an error says that a configuration or a split is missing or is none."""
+    told, path, setting = str(error), source.path, f"`data.{source.eval_}subset`"
+    names = ", ".join(re.findall(r"'([^']*)'", told.partition("[")[2].partition("]")[0]))
+    if told.startswith("Config name is missing"):
+        return f"data {path} has several configurations: name one of {names} as {setting}"
+    if told.startswith("BuilderConfig"):
+        return f"data {path} has no configuration {source.subset!r} ({setting}); it has {names}"
+    if told.startswith("Unknown split"):
+        return f"data {path} has no split {source.split!r} (`data.{source.eval_}split`); it has {names}"
+    return None
+
+
+def _read_file(file: Path, kind: str) -> Any:
+    """The rows of a .json, .csv or .parquet file, whatever its name and those of its folders are.
 
     `datasets` takes a name for a pattern, and might read other files; then it is shown the file under a plain name.
     """
@@ -124,11 +146,13 @@ def _read_file(file: Path, kind: str) -> list[dict[str, Any]]:
 
     path = str(file.absolute())
     if not (glob.has_magic(path) or ":" in path):
-        return list(datasets.load_dataset(kind, data_files=path, split="train"))
+        return datasets.load_dataset(kind, data_files=path, split="train")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, f"data.{kind}")
         plain.symlink_to(path)
-        return list(datasets.load_dataset(kind, data_files=str(plain), split="train", cache_dir=f"{folder}/cache"))
+        # In memory, as the folder does not stay.
+        cache = f"{folder}/cache"
+        return datasets.load_dataset(kind, data_files=str(plain), split="train", cache_dir=cache, keep_in_memory=True)
 
 
 def _broken_text(content: bytes) -> int | None:

@@ -3,13 +3,13 @@
 import torch
 
 from rgrl.seeds import generator
-from rgrl.types import Prompts
+from rgrl.types import Prompts, SomePrompts
 
 
 class PromptStream:
     """An endless, shuffled-by-epoch sequence of prompts, split among ranks step by step."""
 
-    def __init__(self, prompts: Prompts, seed: int, per_rank: int, ranks: int) -> None:
+    def __init__(self, prompts: SomePrompts, seed: int, per_rank: int, ranks: int) -> None:
         self.prompts, self.seed, self.per_rank, self.ranks = prompts, seed, per_rank, ranks
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 

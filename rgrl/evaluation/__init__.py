@@ -5,13 +5,14 @@ Its own prompts need the chat template (`prompts.formatted(policy.format_prompt)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from rgrl.config import Config, RolloutConfig
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts, Rollout
 
-__all__ = ["Evaluation", "Evaluator", "Generate"]
+__all__ = ["Evaluation", "Evaluator", "Generate", "noise_of", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,19 @@ class Evaluation:
 
 
 class Generate(Protocol):
-    """Completions by the policy as it is now, with the run's rollout settings."""
+    """Completions by the policy as it is now, with the settings that evaluations sample with (`sampler`)."""
 
-    def __call__(self, prompts: Prompts, numbers: Sequence[int], guidance: Guidance | None = None) -> Rollout:
-        """One completion for each prompt. `numbers` seed the noise: the same number always gets the same noise."""
+    def __call__(
+        self,
+        prompts: Prompts,
+        numbers: Sequence[int],
+        guidance: Guidance | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Rollout:
+        """One completion for each prompt. `numbers` seed the noise: the same number always gets the same noise.
+
+        `samples` tell several completions of one number apart (None: each is its first, sample 0).
+        """
         ...
 
 
@@ -42,3 +52,14 @@ class Evaluator(Protocol):
     def __call__(self, generate: Generate, step: int) -> Evaluation:
         """The evaluation after `step` training steps; the same on every rank."""
         ...
+
+
+def sampler(config: Config) -> RolloutConfig:
+    """How evaluations write completions: as rollouts do, at the temperature `eval.temperature` if there is one."""
+    own = config.eval.temperature
+    return config.rollout if own is None else replace(config.rollout, temperature=own)
+
+
+def noise_of(purpose: str, sample: int) -> str:
+    """The purpose (seeds.py) of random numbers of a prompt's completion `sample`, whatever number of them there are."""
+    return purpose if sample == 0 else f"{purpose}, sample {sample}"

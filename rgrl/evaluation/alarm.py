@@ -14,8 +14,9 @@ from types import NoneType
 from typing import Any
 
 from rgrl.config import Config, to_dict
+from rgrl.evaluation import sampler
 from rgrl.evaluation.guards import distinct, distinct_without, top_word
-from rgrl.evaluation.intervals import binomial_tail, t_tail
+from rgrl.evaluation.intervals import binomial_tail, by_prompt, t_tail
 
 # Whose fall is a cost of a rising reward, and the direction that is a fall.
 COSTS = {"judge": -1, "distinct_2": -1, "top_word": +1}
@@ -26,12 +27,12 @@ FEW = 0.25  # of the completions: a word that no more of them hold is no alarm
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation in numbers: the value of each measure, and what each completion contributes to it."""
+    """An evaluation in numbers: the value of each measure, and what each prompt contributes to it."""
 
     step: int
     values: dict[str, float]
-    # Numbers, None for a completion without a reward; their mean is the value, but for distinct_2, where they are
-    # jackknife pseudo-values.
+    # Numbers, of a prompt's completions the mean, None where none of them has a reward; their mean is the value, but
+    # for distinct_2, where they are jackknife pseudo-values.
     parts: dict[str, list[Any]]
     word: str | None = None  # that `top_word` counts
 
@@ -80,25 +81,28 @@ class Look:
 
 def measure(step: int, rows: list[dict[str, Any]]) -> Measured:
     """An evaluation in numbers, from its rows (`HeldOut`). A judge that is missing or not finite is left out, and a
-    reward that no completion has."""
-    texts, n = [row["completion"] for row in rows], len(rows)
-    parts: dict[str, list[Any]] = {"reward": [row["reward"] for row in rows]}
+    reward that no completion has. Completions of one prompt are not independent, so prompts are what is counted."""
+    texts = [row["completion"] for row in rows]
+    prompts = [row.get("index", i) for i, row in enumerate(rows)]
+    parts: dict[str, list[Any]] = {"reward": by_prompt(prompts, [row["reward"] for row in rows])}
+    n = len(parts["reward"])
     judge = [row["judge"] for row in rows]
     if all(value is not None and math.isfinite(value) for value in judge):
-        parts["judge"] = judge
+        parts["judge"] = by_prompt(prompts, judge)
     word, held = top_word([row["prompt"] for row in rows], texts)
-    parts["top_word"] = [float(holds) for holds in held]
+    parts["top_word"] = by_prompt(prompts, [float(holds) for holds in held])
     rated = {name: [part for part in each if part is not None] for name, each in parts.items()}
     values = {name: math.fsum(each) / len(each) for name, each in rated.items() if each}
     values["distinct_2"] = distinct(texts, 2)
-    parts["distinct_2"] = [n * values["distinct_2"] - (n - 1) * without for without in distinct_without(texts, 2)]
+    left_out = distinct_without(texts, 2, prompts)
+    parts["distinct_2"] = [n * values["distinct_2"] - (n - 1) * without for without in left_out]
     return Measured(step, values, parts, word)
 
 
 def change(name: str, before: Measured, now: Measured) -> tuple[float, float]:
     """By how much a measure has changed, and the standard error of that, paired by prompt; NaN for a single prompt.
 
-    Where a completion has no reward, the change is that of the prompts which have one both times.
+    Where prompts have no reward, the change is that of the prompts which have one both times.
     """
     apart, n = differences(name, before, now), len(now.parts[name])
     error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
@@ -108,7 +112,7 @@ def change(name: str, before: Measured, now: Measured) -> tuple[float, float]:
 
 
 def differences(name: str, before: Measured, now: Measured) -> list[float]:
-    """What each completion contributes now more than before, where it contributes anything both times."""
+    """What each prompt contributes now more than before, where it contributes anything both times."""
     pairs = zip(before.parts[name], now.parts[name], strict=True)
     return [b - a for a, b in pairs if a is not None and b is not None]
 
@@ -155,7 +159,8 @@ def _fallen(name: str, history: History, now: Measured) -> tuple[Measured, str] 
         risen = t_tail(in_errors(*change("reward", before, now)), rated - 1) < RISE
         fallen = t_tail(COSTS[name] * in_errors(cost, error), n - 1) < level
         if name == "top_word":
-            fallen &= binomial_tail(sum(map(bool, now.parts[name])), n, FEW) < level
+            # Of a prompt's completions a fraction holds it; fractions vary less than the yes or no of a binomial.
+            fallen &= binomial_tail(math.floor(math.fsum(now.parts[name]) + 1e-9), n, FEW) < level
         if risen and fallen:
             word = f" to {now.values[name]:.2f} ({now.word!r})" if name == "top_word" else ""
             return before, f"eval/{name} {'rose' if cost > 0 else 'fell'} by {abs(cost):.3g} ± {error:.2g}{word}"
@@ -181,8 +186,11 @@ def basis(config: Config, fingerprints: dict[str, Any]) -> str:
         for name in ("eval", "reward", "judge")
         if name in fingerprints
     }
-    reward, judge, rollout = to_dict(config.reward), to_dict(config.judge), to_dict(config.rollout)
+    reward, judge, rollout = to_dict(config.reward), to_dict(config.judge), to_dict(sampler(config))
     settings = [reward[key] for key in ("weight", "dtype", "max_length", "functions", "on_error")]
     settings += [judge["dtype"], judge["max_length"], *([reward["settings"]] if reward["settings"] else [])]
+    settings += [config.eval.samples] if config.eval.samples > 1 else []  # more text has fewer distinct words
+    if reward["clip"] or reward["only_if"]:
+        settings += [reward["clip"], reward["only_if"]]
     rollout = {key: value for key, value in rollout.items() if key != "micro_batch"}
     return hashlib.sha256(json.dumps([models, settings, rollout], sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ spaces between words, each Chinese or Japanese character is one, and elsewhere e
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Hashable, Sequence
 from itertools import chain
 
 # English words that say how others belong together. In other languages, and for what a data set is about, the prompts
@@ -43,9 +44,12 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def distinct_without(texts: list[str], n: int) -> list[float]:
-    """For each text, `distinct` of all the others."""
-    runs = [Counter(_runs(text, n)) for text in texts]
+def distinct_without(texts: list[str], n: int, prompts: Sequence[Hashable] | None = None) -> list[float]:
+    """For each text, `distinct` of all the others; with their `prompts`, for each of those, of all texts of others."""
+    grouped: dict[Hashable, Counter] = {}
+    for prompt, text in zip(prompts if prompts is not None else range(len(texts)), texts, strict=True):
+        grouped.setdefault(prompt, Counter()).update(_runs(text, n))
+    runs = list(grouped.values())
     total = Counter(run for counts in runs for run in counts.elements())
     size = total.total()
     values = []

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from rgrl.algo.estimators import masked_nll
 from rgrl.config import Config
-from rgrl.evaluation import Evaluation, Generate
+from rgrl.evaluation import Evaluation, Generate, noise_of
 from rgrl.evaluation.guards import distinct, empty, top_word
+from rgrl.evaluation.passes import least_of, passes
 from rgrl.models import Policy
 from rgrl.rewards import ClassifierReward, Rewards
 from rgrl.rollout import Guidance
-from rgrl.seeds import generators
+from rgrl.seeds import generator
+from rgrl.tracking.columns import OURS, data_columns, or_none, parts_of
 from rgrl.types import Prompts, Rollout
 
 
@@ -34,10 +36,10 @@ class Gathered:
 
 @dataclass
 class HeldOut:
-    """One unguided completion per prompt, always with the same random numbers.
+    """`eval.samples` unguided completions of each prompt, each always with random numbers of its own.
 
     Where `guidance_at` gives guidance for a step, the first `guidance.probe_prompts` prompts are also completed with it
-    and those random numbers, to measure what guidance is worth. None of that enters `eval/*`.
+    and the random numbers of their first completion, to measure what guidance is worth. None of that enters `eval/*`.
     """
 
     config: Config
@@ -52,59 +54,60 @@ class HeldOut:
 
     def __call__(self, generate: Generate, step: int) -> Evaluation:
         """The evaluation, over all ranks."""
-        guidance, policy, total = self.guidance_at(step), self.policy, len(self.prompts)
-        mine = range(self.accelerator.process_index, total, self.accelerator.num_processes)
+        guidance, policy, n = self.guidance_at(step), self.policy, self.config.eval.samples
+        # The completions of a prompt stand together: they share its first forward pass.
+        every = [(i, s) for i in range(len(self.prompts)) for s in range(n)]
+        ranks = self.accelerator.num_processes
+        mine = every[self.accelerator.process_index :: ranks]
         rollout = self.config.rollout
         size = rollout.micro_batch or max(8, self.config.run.prompts_per_device * rollout.num_generations)
         gathered = Gathered(torch.zeros(4, device=policy.device, dtype=torch.float64))
         with policy.forward_passes():
             for start in range(0, len(mine), size):
-                self.tell(f"evaluating {start * self.accelerator.num_processes}/{total}")
-                self._unguided(generate, list(mine[start : start + size]), gathered)
-                probe = [i for i in mine[start : start + size] if i < self.config.guidance.probe_prompts]
+                self.tell(f"evaluating {start * ranks}/{len(every)}")
+                batch = mine[start : start + size]
+                self._unguided(generate, batch, gathered)
+                probe = [i for i, s in batch if s == 0 and i < self.config.guidance.probe_prompts]
                 if guidance is not None and probe:
                     prompts = self.prompts.take(probe)
                     steered = generate(prompts, probe, guidance)
                     total_B, _ = self.rewards.score(prompts, policy.decode(steered.completion_BC))
-                    gathered.guided |= dict(zip(probe, _or_none(total_B), strict=True))
+                    gathered.guided |= dict(zip(probe, or_none(total_B), strict=True))
         return self._over_all_ranks(gathered)
 
-    def _unguided(self, generate: Generate, numbers: list[int], gathered: Gathered) -> None:
-        """Add completions of the prompts with these numbers, their scores and their likelihoods."""
+    def _unguided(self, generate: Generate, batch: list[tuple[int, int]], gathered: Gathered) -> None:
+        """Add completions, each named by its prompt's number and its own, with their scores and likelihoods."""
+        numbers, samples = [i for i, _ in batch], [s for _, s in batch]
         prompts = self.prompts.take(numbers)
-        rollout = generate(prompts, numbers)
+        rollout = generate(prompts, numbers, samples=samples)
         completions = self.policy.decode(rollout.completion_BC)
-        total_B, _ = self.rewards.score(prompts, completions)
+        total_B, terms = self.rewards.score(prompts, completions)
         judged: list[float] | list[None] = [None] * len(prompts)
         if self.judge is not None:
             self.judge.frame.cut = 0
             judged = self.judge.score(prompts, completions).tolist()
             gathered.sums_4[3] += self.judge.frame.cut
-        own, _ = self._masked_nll(rollout, numbers)
+        own, _ = self._masked_nll(rollout, batch)
         with self.policy.reference():
-            base = self._masked_nll(rollout, numbers)
+            base = self._masked_nll(rollout, batch)
         gathered.sums_4[:3] += torch.stack([*base, own]).double()
         lengths = rollout.completion_mask_BC.sum(1).tolist()
-        for i, prompt, text, r, j, n in zip(
-            numbers, prompts.texts, completions, _or_none(total_B), judged, lengths, strict=True
-        ):
-            gathered.rows.append(
-                {"index": i, "prompt": prompt, "completion": text, "reward": r, "judge": j, "length": n}
-            )
+        columns = numbers, samples, prompts.texts, completions, or_none(total_B), judged, lengths
+        names = ("index", "sample", "prompt", "completion", "reward", "judge", "length")
+        for row, parts in zip(zip(*columns, strict=True), parts_of(terms), strict=True):
+            gathered.rows.append(dict(zip(names, row, strict=True)) | parts)
 
-    def _masked_nll(self, rollout: Rollout, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        seeds = generators(self.config.run.seed, 0, numbers, "base_nll")
+    def _masked_nll(self, rollout: Rollout, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        seeds = [generator(self.config.run.seed, 0, i, noise_of("base_nll", s)) for i, s in batch]
         return masked_nll(self.policy.logp, rollout, seeds, self.policy.mask_id)
 
     def _over_all_ranks(self, gathered: Gathered) -> Evaluation:
-        rows = sorted(gather_object(gathered.rows), key=lambda row: row["index"])
+        rows = sorted(gather_object(gathered.rows), key=lambda row: (row["index"], row["sample"]))
         guided = dict(gather_object(list(gathered.guided.items())))
         base_nll, count, own_nll, cut = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
         reward = [row["reward"] for row in rows if row["reward"] is not None]
         texts = [row["completion"] for row in rows]
         word, held = top_word([row["prompt"] for row in rows], texts)
-        for row, holds in zip(rows, held, strict=True):
-            row["top_word"] = word if holds else None
         metrics = {
             "eval/reward": _mean(reward),
             "eval/reward_std": _std(reward),
@@ -116,21 +119,46 @@ class HeldOut:
             "eval/kl": (base_nll - own_nll) / max(count, 1.0),
             "eval/length": _mean([row["length"] for row in rows]),
         }
+        metrics |= self._of_parts(rows)
         if guided:
-            pairs = [(row["reward"], guided[row["index"]]) for row in rows if row["index"] in guided]
-            both = [(before, after) for before, after in pairs if before is not None and after is not None]
+            first = {row["index"]: row["reward"] for row in rows if row["sample"] == 0}
+            both = [
+                (first[i], after) for i, after in sorted(guided.items()) if first[i] is not None and after is not None
+            ]
             metrics["guidance/reward_before"] = _mean([before for before, _ in both])
             metrics["guidance/reward_after"] = _mean([after for _, after in both])
         if self.judge is not None:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
             metrics["eval/judge_cut"] = cut
-        return Evaluation(metrics, rows)
+        return Evaluation(metrics, [self._as_told(row, word, holds) for row, holds in zip(rows, held, strict=True)])
 
+    def _of_parts(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """For each part of the reward: its mean, how many completions it gave none, and how often it was passed."""
+        functions, metrics = set(self.rewards.functions), {}
+        for column in [name for name in rows[0] if name.startswith("rewards/")]:
+            name = column.removeprefix("rewards/")
+            values = [row[column] for row in rows]
+            rated = [value for value in values if value is not None]
+            metrics[f"eval/{column}/mean"] = _mean(rated)
+            if name in functions:
+                metrics[f"eval/{column}/none"] = float(len(values) - len(rated))
+            least = least_of(name, values, self.config.eval.passes, functions)
+            if least is None:
+                continue
+            n = self.config.eval.samples
+            by_prompt = {rows[i]["index"]: values[i : i + n] for i in range(0, len(rows), n)}
+            for k, share in passes(by_prompt, least, n).items():
+                metrics[f"eval/{column}/pass_at_{k}"] = share
+        return metrics
 
-def _or_none(reward_B: Tensor) -> list[float | None]:
-    """Rewards as numbers, None where there is no reward (NaN)."""
-    return [None if math.isnan(r) else r for r in reward_B.tolist()]
+    def _as_told(self, row: dict[str, Any], word: str | None, holds: bool) -> dict[str, Any]:
+        """A row as tables have it, with the columns of the data."""
+        parts = {name: value for name, value in row.items() if name.startswith("rewards/")}
+        own = {name: value for name, value in row.items() if name not in parts}
+        own |= {"guided": False, "top_word": word if holds else None}
+        data = data_columns(self.prompts.rows[row["index"]], self.config.data.column, row["prompt"])
+        return {name: own[name] for name in OURS if name in own} | parts | data
 
 
 def _mean(values: list[float]) -> float:

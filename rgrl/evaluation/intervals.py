@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 # Beyond as many degrees of freedom the distribution is the normal one for every purpose here, and the sum gets long.
 _MANY = 2000
@@ -45,6 +47,28 @@ def binomial_tail(count: int, n: int, probability: float) -> float:
     return math.fsum(
         math.exp(log + k * logs[0] + (n - k) * logs[1]) for k, log in zip(range(count, n + 1), chosen, strict=True)
     )
+
+
+def by_prompt(prompts: Sequence[Hashable], values: Sequence[float | None]) -> list[float | None]:
+    """The mean of each prompt's values, in the order in which prompts first come; None where all of them are.
+
+    Completions of one prompt are alike, so an interval over all of them would be too narrow; prompts are independent.
+    """
+    groups: dict[Hashable, list[float]] = {}
+    for prompt, value in zip(prompts, values, strict=True):
+        groups.setdefault(prompt, []).extend([] if value is None else [value])
+    return [math.fsum(each) / len(each) if each else None for each in groups.values()]
+
+
+def intervals(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How sure the means of an evaluation's rows are, in words: half of each 95 % interval over prompts."""
+    prompts, found = [row["index"] for row in rows], []
+    parts = [name for name in rows[0] if name.startswith("rewards/")]
+    for name, metric in (("reward", "reward"), *((part, f"{part}/mean") for part in parts), ("judge", "judge")):
+        means = [mean for mean in by_prompt(prompts, [row[name] for row in rows]) if mean is not None]
+        if len(means) > 1:
+            found.append(f"eval/{metric} ± {mean_and_half(means)[1]:.3g}")
+    return f"95 % intervals over {len(set(prompts))} prompts: {', '.join(found) or 'of one prompt there are none'}"
 
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:

@@ -15,24 +15,25 @@ from tqdm.auto import tqdm
 
 from rgrl.console import warn
 from rgrl.errors import ConfigError
-from rgrl.evaluation.intervals import mean_and_half
+from rgrl.evaluation.intervals import by_prompt, mean_and_half
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
 from rgrl.rewards.total import check_finite
 from rgrl.types import Prompts
 
 NEEDED = ("index", "prompt", "completion")
 SCORES = ("reward", "judge")  # what the run itself wrote beside them; a table may have neither
+PARTS = "rewards/"  # what columns with a part of the reward begin with; tables of older runs have none
 
 
 @dataclass(frozen=True)
 class Table:
-    """The completions of one evaluation, by prompt number, and the scores of each, by name."""
+    """The completions of one evaluation, by prompt number, one or more of each, and the scores of each, by name."""
 
     step: int
     index: list[int]
     prompts: list[str]
     completions: list[str]
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 def read_tables(run: Path) -> list[Table]:
@@ -64,9 +65,10 @@ def _read(step: int, path: Path) -> Table:
     for name, kind in zip(NEEDED, (int, str, str), strict=True):
         if odd := [row[name] for row in rows if type(row[name]) is not kind]:
             raise ConfigError(f"{path}: {odd[0]!r} in the column {name!r} is not {kind.__name__}")
-    rows.sort(key=lambda row: row["index"])
-    scores = {name: [row.get(name) for row in rows] for name in SCORES}
-    numbers = {name: each for name, each in scores.items() if all(isinstance(x, int | float) for x in each)}
+    rows.sort(key=lambda row: row["index"])  # a table has the completions of a prompt in order
+    names = [*SCORES, *(name for name in rows[0] if name.startswith(PARTS))]
+    scores = {name: [row.get(name) for row in rows] for name in names}
+    numbers = {name: each for name, each in scores.items() if _are_scores(each)}
     index, prompts, completions = ([row[name] for row in rows] for name in NEEDED)
     return Table(step, index, prompts, completions, numbers)
 
@@ -109,7 +111,7 @@ def rejudge(tables: list[Table], judge: ClassifierReward, batch: int, tell: Call
     judge.frame.cut = 0  # from here on it counts these texts, and not those that the judge was tried out on
     total, done, judged = sum(len(table.index) for table in tables), 0, []
     for table in tables:
-        scores: list[float] = []
+        scores: list[float | None] = []
         for start in range(0, len(table.index), batch):
             tell(f"judging {done}/{total}")
             texts = table.prompts[start : start + batch]
@@ -125,41 +127,64 @@ def rejudge(tables: list[Table], judge: ClassifierReward, batch: int, tell: Call
 def summary(tables: list[Table]) -> list[dict[str, float | int | None]]:
     """A line for each table: step, number of completions, and mean and half of the 95 % interval of each score.
 
-    `change` is that of the new score since the first table, over the prompts that both have, compared one by one. What
-    a table lacks is None, as is the half for a single prompt.
+    Intervals are over prompts: of a prompt's completions the mean counts. `change` is that of the new score since the
+    first table, over the prompts that both have, compared one by one. What a table lacks is None, as is the half for a
+    single prompt. Parts of the reward (`rewards/<name>`) are told where any table has them.
     """
     first, lines = tables[0], []
+    parts = dict.fromkeys(name for table in tables for name in table.scores if name.startswith(PARTS))
     for table in tables:
         line: dict[str, float | int | None] = {"step": table.step, "n": len(table.index)}
-        for name in (*SCORES, "new"):
-            line |= _with_half(name, table.scores.get(name, []))
+        for name in (*SCORES, *parts, "new"):
+            line |= _with_half(name, [x for x in _of_prompts(table, name).values() if x is not None])
         line |= _with_half("change", _differences(first, table) if table is not first else [])
         lines.append(line)
     return lines
 
 
+def _are_scores(values: list[Any]) -> bool:
+    """Whether they are numbers, or None for a completion without a reward, but not all None."""
+    return all(isinstance(x, int | float | None) for x in values) and any(x is not None for x in values)
+
+
+def _of_prompts(table: Table, name: str) -> dict[tuple[int, str], float | None]:
+    """The mean of a score over the completions of each prompt, by number and text; empty if the table lacks it."""
+    prompts = list(zip(table.index, table.prompts, strict=True))
+    found = table.scores.get(name)
+    return {} if found is None else dict(zip(dict.fromkeys(prompts), by_prompt(prompts, found), strict=True))
+
+
 def _with_half(name: str, values: list[float]) -> dict[str, float | int | None]:
     if not values:
-        return {name: None, f"{name}_half": None}
+        return {name: None, _half_of(name): None}
     mean, half = mean_and_half(values)
-    return {name: mean, f"{name}_half": None if math.isnan(half) else half}
+    return {name: mean, _half_of(name): None if math.isnan(half) else half}
+
+
+def _half_of(name: str) -> str:
+    """What the half of an interval is called: no part of the reward can have the same name."""
+    return f"half of {name}" if name.startswith(PARTS) else f"{name}_half"
 
 
 def _differences(first: Table, table: Table) -> list[float]:
     """The change of the new score of each prompt that both tables have under the same number."""
-    before = {(i, text): score for i, text, score in zip(first.index, first.prompts, first.scores["new"], strict=True)}
-    now = zip(table.index, table.prompts, table.scores["new"], strict=True)
-    return [score - before[i, text] for i, text, score in now if (i, text) in before]
+    before, now = _of_prompts(first, "new"), _of_prompts(table, "new")
+    pairs = [(before.get(prompt), score) for prompt, score in now.items()]
+    return [score - start for start, score in pairs if start is not None and score is not None]
 
 
 def as_text(lines: list[dict[str, Any]]) -> str:
     """Such lines as a table for people."""
-    heads = {"reward": "reward", "judge": "judge", "new": "this judge", "change": "since the first"}
+    parts = [name for name in lines[0] if name.startswith(PARTS)]
+    heads = {"reward": "reward"}
+    # The only part of a reward is the reward itself.
+    heads |= {name: name.removeprefix(PARTS)[:17] for name in parts if any(x[name] != x["reward"] for x in lines)}
+    heads |= {"judge": "judge", "new": "this judge", "change": "since the first"}
     text = [f"{'step':>6}{'n':>7}" + "".join(f"{head:>18}" for head in heads.values())]
     for line in lines:
         cells = []
         for name in heads:
-            mean, half = line[name], line[f"{name}_half"]
+            mean, half = line[name], line[_half_of(name)]
             value = "-" if mean is None else f"{mean:+.2f}" if name == "change" else f"{mean:.2f}"
             cells.append(f"{value if half is None else f'{value} ± {half:.2f}':>18}")
         text.append(f"{line['step']:>6}{line['n']:>7}" + "".join(cells))

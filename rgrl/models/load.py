@@ -18,6 +18,7 @@ from rgrl.models.families.fields import check_fields, fields_of
 from rgrl.models.fingerprint import fingerprint
 from rgrl.models.policy import Policy
 from rgrl.models.quantize import check_quantize, check_quantized, quantization
+from rgrl.models.reader import Reader
 from rgrl.models.tokens import control_token, end_ids, find_mask
 from rgrl.models.weights import (
     Stored,
@@ -57,9 +58,23 @@ def load_policy(config: ModelConfig | str | Path, device: torch.device | str = "
     # Only now: what has just been read is in memory, so it comes faster than from the disk.
     identity = {"family": family.name} | fingerprint(folder)
     policy = Policy(causal_lm, tokenizer, family, mask_id, config.path, identity)
-    policy.end_ids += tuple(sorted(set(ends) - set(policy.end_ids)))
+    policy.reader.end_with(ends)
     policy.names |= {own: name for own, (name, _) in names.items()}
     return policy.requires_grad_(False).eval()
+
+
+def load_reader(config: ModelConfig) -> Reader:
+    """How the policy of these settings reads, without its weights. Raises `ConfigError` like `load_policy`."""
+    folder = fetch_checkpoint(config.path, "model.path", config.revision, weights=False)
+    raw = read_json(folder / "config.json")
+    family = find_family(raw.get("model_type"), config.family)
+    decoder = _make_config(family, raw, folder)
+    tokenizer = _load_tokenizer(family, folder)
+    raw, family = with_settings(config, raw, tokenizer, family)
+    mask_id = find_mask(raw, tokenizer, decoder.vocab_size, str(folder))
+    reader = Reader(tokenizer, family, mask_id, decoder.vocab_size, decoder.max_position_embeddings)
+    reader.end_with(end_ids(raw, tokenizer, str(folder)))
+    return reader
 
 
 def _make_config(family: Family, raw: dict[str, Any], folder: Path) -> PreTrainedConfig:

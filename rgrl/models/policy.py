@@ -15,10 +15,11 @@ from rgrl.models.attention import mask_for
 from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family
+from rgrl.models.reader import Reader
 from rgrl.models.readout import Readout, read_out, token_logp
 from rgrl.models.sharding import Lockstep, shard_layers
-from rgrl.models.text import control_tokens, guarded, render, token_rows, wants_parts
-from rgrl.types import PrefixCache, Prompts
+from rgrl.models.text import token_rows
+from rgrl.types import PrefixCache, Prompt
 
 
 class Policy(nn.Module):
@@ -49,17 +50,15 @@ class Policy(nn.Module):
         self.path = path  # where it was loaded from, for the adapter's config
         self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), and its `family`
         self.names = {name: name for name, _ in causal_lm.named_parameters()}  # tensors: here -> in the checkpoint
-        if tokenizer.eos_token_id is None:
-            raise ConfigError("the policy's tokenizer has no end-of-text token")
-        self.eos_id: int = tokenizer.eos_token_id
-        turn = tokenizer.convert_tokens_to_ids(family.end_of_turn)
-        known = turn is not None and turn != tokenizer.unk_token_id and turn != self.eos_id
-        self.end_ids: tuple[int, ...] = (self.eos_id, turn) if known else (self.eos_id,)
-        self.vocab_size = min(len(tokenizer), causal_lm.config.vocab_size)
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = family.chat_template
-        self._controls = control_tokens(tokenizer, tokenizer.convert_ids_to_tokens([mask_id, *self.end_ids]))
-        self._in_parts = wants_parts(tokenizer, ("user",))
+        self.reader = Reader(
+            tokenizer, family, mask_id, causal_lm.config.vocab_size, causal_lm.config.max_position_embeddings
+        )
+        self.eos_id, self.vocab_size = self.reader.eos_id, self.reader.vocab_size
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion, the end-of-text token first."""
+        return self.reader.end_ids
 
     @property
     def device(self) -> torch.device:
@@ -188,23 +187,12 @@ class Policy(nn.Module):
                 )
         return pad_left(rows, self.device, fill=self.eos_id)
 
-    def first_blank(self, prompts: Prompts, lengths: Sequence[int]) -> int | None:
-        """The number of the first prompt whose text, template aside, has no tokens; None if all have some.
-
-        `lengths` are those of the prompts' inputs in tokens. Tokenizers drop some characters; what is left is nothing.
-        """
-        least = len(token_rows(self.tokenizer, [self.format_prompt("a")])[0])
-        short = [i for i, length in enumerate(lengths) if length <= least]  # few, so that little is tokenised twice
-        rows = token_rows(self.tokenizer, [guarded(prompts.texts[i], self._controls) for i in short])
-        return next((i for i, ids in zip(short, rows, strict=True) if not ids), None)
-
-    def format_prompt(self, text: str) -> str:
-        """One user turn in the model's chat format, up to where the answer begins, for `encode`.
+    def format_prompt(self, prompt: Prompt) -> str:
+        """A user turn, or a chat, in the model's chat format, up to where the answer begins, for `encode`.
 
         A control token that the text spells, such as the mask or the end of a turn, stays text.
         """
-        turn = [{"role": "user", "content": guarded(text, self._controls)}]
-        return render(self.tokenizer, turn, self._in_parts, answer=True)
+        return self.reader.format_prompt(prompt)
 
     def is_end(self, ids: Tensor) -> Tensor:
         """True where a token ends the completion."""

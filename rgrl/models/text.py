@@ -7,6 +7,7 @@ so that it never becomes the real one, and everything else is tokenised whole, a
 import datetime
 import re
 from collections.abc import Sequence
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from rgrl.errors import ConfigError
 
 # A code point that Unicode keeps for a program's own use: it stands for nothing in any text.
 BREAK = "\ufdd0"
+_SAID = "."  # ends what a turn of a trial says, so that none is the beginning of another
 # The day that templates are told which ask for it: a rollout must not depend on when it was made.
 DAY = datetime.datetime(2025, 1, 1)
 # In Jinja, as transformers hands nothing but plain data to a template. What it writes by itself is nothing.
@@ -53,7 +55,12 @@ def guarded(text: str, controls: Sequence[str]) -> str:
     text = text.replace(BREAK, "\ufffd")
     if not controls:
         return text
-    return re.sub("|".join(map(re.escape, controls)), lambda found: found[0][0] + BREAK + found[0][1:], text)
+    return _any_of(tuple(controls)).sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+
+
+@cache
+def _any_of(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -70,6 +77,19 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
         for (row, _), ids in zip(pieces, found, strict=True):
             rows[row] += ids
     return rows
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """The number of tokens of each guarded text, in half the time that it takes to have them."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or fast.truncation is not None or fast.padding is not None:
+        return [len(ids) for ids in token_rows(tokenizer, texts)]
+    pieces = [(row, piece) for row, text in enumerate(texts) for piece in text.split(BREAK) if piece]
+    counts = [0] * len(texts)
+    found = fast.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
+    for (row, _), encoded in zip(pieces, found, strict=True):
+        counts[row] += len(encoded)
+    return counts
 
 
 def render(
@@ -112,3 +132,22 @@ def wants_parts(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> boo
         raise problem
     shown = "the prompt" if len(roles) == 1 else "the prompt and the answer"
     raise ConfigError(f"the chat template of {tokenizer.name_or_path} does not show {shown}")
+
+
+def check_shape(
+    tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], in_parts: bool = False, answer: bool = False
+) -> None:
+    """Raise `ConfigError` unless the template shows every turn of a chat of these roles once, in its order.
+
+    With `answer` the last turn is the answer, else one is to begin behind it. What a template leaves out, such as a
+    system turn, no model would be shown.
+    """
+    said = [f"{role} says {i}{_SAID}" for i, role in enumerate(roles)]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    text = render(tokenizer, turns, in_parts, answer=not answer)
+    lost = next((role for role, words in zip(roles, said, strict=True) if text.count(words) != 1), None)
+    places = [text.find(words) for words in said]
+    if lost is None and places == sorted(places):
+        return
+    problem = f"does not show the {lost} turn, once," if lost is not None else "changes the order"
+    raise ConfigError(f"the chat template of {tokenizer.name_or_path} {problem} of a chat ({', '.join(roles)})")

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -27,7 +28,7 @@ from rgrl.models.weights import check_finite
 from rgrl.rewards.bridge import Coverage, bridge_embeddings
 from rgrl.rewards.frame import Frame, Framed
 from rgrl.rewards.guide import WAYS, CachedReward, WholeReward
-from rgrl.rewards.honoured import check_used, read_config
+from rgrl.rewards.honoured import UNBUILT, check_used, read_config
 from rgrl.rewards.probe import probe
 from rgrl.rollout.guidance import Guidance
 from rgrl.types import Prompts
@@ -54,12 +55,7 @@ class ClassifierReward(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or {}  # what was loaded (models/fingerprint.py), with its `adapter` if any
-        limit = longest_text(model, tokenizer)
-        if limit is not None and max_length > limit:
-            raise ConfigError(
-                f"reward model {name}: `max_length` {max_length} is more than the {limit} tokens it can read"
-            )
-        self.frame = Frame(tokenizer, name, max_length or limit)
+        self.frame = make_frame(model, tokenizer, name, max_length)
         self.pad_id: int | None = model.config.get_text_config().pad_token_id
         if self.pad_id is None:
             # Without one, transformers reads the last token and takes one text at a time. This means the same, for
@@ -162,7 +158,7 @@ class ClassifierReward(nn.Module):
         assert self.coverage is not None and self.unseen_V is not None
         told, cut = [], self.frame.cut
         unseen_V = self.unseen_V.cpu()
-        for prompt, ids, completion in zip(prompts.texts, tokens, completions, strict=True):
+        for prompt, ids, completion in zip(prompts.chats, tokens, completions, strict=True):
             at = torch.tensor(ids, dtype=torch.long)
             own = self.coverage.token_V[at[~unseen_V[at]]].tolist()
             before, after = self.frame.around(prompt)
@@ -178,7 +174,7 @@ class ClassifierReward(nn.Module):
     @torch.no_grad()
     def score(self, prompts: Prompts, completions: list[str]) -> Tensor:
         """r_B, float32: the model's score of prompt, completion and template, tokenised as text."""
-        rows = [self.frame.framed(p, c) for p, c in zip(prompts.texts, completions, strict=True)]
+        rows = [self.frame.framed(p, c) for p, c in zip(prompts.chats, completions, strict=True)]
         if self.pad_id is not None:
             return self._score_rows(rows)
         r_B = torch.zeros(len(rows), device=self.device)
@@ -229,6 +225,30 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             limits.append(module.num_embeddings - module.padding_idx - 1)
     known = [limit for limit in limits if limit is not None and 0 < limit < 10**9]
     return min(known, default=None)
+
+
+def make_frame(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, max_length: int) -> Frame:
+    """How the model is shown texts of at most `max_length` tokens (0: as many as it can read). Raises `ConfigError`."""
+    limit = longest_text(model, tokenizer)
+    if limit is not None and max_length > limit:
+        raise ConfigError(f"reward model {name}: `max_length` {max_length} is more than the {limit} tokens it can read")
+    return Frame(tokenizer, name, max_length or limit)
+
+
+def load_frame(path: str, name: str, max_length: int = 0, revision: str | None = None) -> tuple[Frame, int]:
+    """How a reward model is shown texts, and its number of embeddings, without its weights. Raises `ConfigError`."""
+    what = f"reward model {path}"
+    folder = fetch_checkpoint(path, "reward model", revision, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except (OSError, *UNBUILT) as error:
+        raise ConfigError(
+            f"{what}: its config.json describes no model: {' '.join(str(error).split())[:200]}"
+        ) from error
+    frame = make_frame(model, _load_tokenizer(folder, path), name, max_length)
+    return frame, model.get_input_embeddings().weight.shape[0]
 
 
 def load_classifier(

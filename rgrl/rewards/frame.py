@@ -1,12 +1,13 @@
 """How a reward model is shown a prompt and its completion: its chat template, or its tokenizer's form for pairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
-from rgrl.models.text import BREAK, control_tokens, guarded, render, template_of, token_ids, wants_parts
+from rgrl.models.text import BREAK, check_shape, control_tokens, guarded, render, template_of, token_ids, wants_parts
+from rgrl.types import Prompt, transcript, turns_of, with_last, without_oldest
 
 _MARK = "\ufdd1"  # stands for a text while the chat template is cut around it; like BREAK, no text has it
 _WORD = "x"  # stands for a completion while the frame around it is tokenised
@@ -31,10 +32,12 @@ class Frame:
 
     With a chat template: the rendered conversation, tokenised whole. Without one: the tokenizer's form for a pair of
     texts where it has one (`[CLS] prompt [SEP] completion [SEP]`), else `prompt, new line, completion`; with the
-    special tokens that the tokenizer adds. Control tokens that a text spells stay text.
+    special tokens that the tokenizer adds. Such a model reads the `transcript` of a chat. Control tokens that a text
+    spells stay text.
 
-    `limit` is the longest text in tokens, None for any; of a longer one the prompt loses its beginning. Raises
-    `ConfigError` for a template that no frame can be cut from.
+    `limit` is the longest text in tokens, None for any; of a longer one the prompt loses its beginning: a chat its
+    oldest turns, but for the system's, and then the last turn its beginning. Raises `ConfigError` for a template that
+    no frame can be cut from.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, limit: int | None = None) -> None:
@@ -57,6 +60,11 @@ class Frame:
                 f"reward model {self.name}: its chat template does not show the prompt and then the answer, once"
             )
 
+    def check_shape(self, roles: Sequence[str]) -> None:
+        """Raise `ConfigError` unless the template shows every turn of a chat of these roles, and then the answer."""
+        if self.affixes is None:
+            check_shape(self.tokenizer, [*roles, "assistant"], self.in_parts, answer=True)
+
     @property
     def forgeable(self) -> bool:
         """Whether only plain text stands between prompt and answer, so that a completion can write a turn itself."""
@@ -65,9 +73,9 @@ class Frame:
         text = self._rendered(_MARK, _MARK)
         return not any(control in text[text.find(_MARK) : text.rfind(_MARK)] for control in self.controls)
 
-    def framed(self, prompt: str, completion: str) -> Framed:
+    def framed(self, prompt: Prompt, completion: str) -> Framed:
         """Everything that the model is shown of a prompt and its completion. Raises `ConfigError` if it is too long."""
-        shown = self._shortened(prompt, self._longest)
+        shown = self.shown(prompt)
         made = self._framed(shown, completion)
         if self.limit is not None and len(made) > self.limit:  # the completion takes more than was kept free for it
             shown = self._shortened(shown, lambda text: len(self._framed(text, completion)))
@@ -75,61 +83,72 @@ class Frame:
         self.cut += shown != prompt
         return made
 
-    def around(self, prompt: str) -> tuple[Framed, Framed]:
+    def around(self, prompt: Prompt) -> tuple[Framed, Framed]:
         """What stands before and after a completion of the prompt, whatever it says."""
-        return self._around(self._shortened(prompt, self._longest))
+        return self._around(self.shown(prompt))
+
+    def shown(self, prompt: Prompt) -> Prompt:
+        """What is left of a prompt that would be too long."""
+        return self._shortened(prompt, self._longest)
 
     # ------------------------------------------------------------------------------------------------ one text
-    def _rendered(self, prompt: str, completion: str) -> str:
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return render(self.tokenizer, turns, self.in_parts)
+    def _rendered(self, prompt: Prompt, completion: str) -> str:
+        """The conversation in the chat template, with control tokens in the prompt broken."""
+        turns = [{**turn, "content": guarded(turn["content"], self.controls)} for turn in turns_of(prompt)]
+        return render(self.tokenizer, [*turns, {"role": "assistant", "content": completion}], self.in_parts)
 
-    def _framed(self, prompt: str, completion: str) -> Framed:
-        prompt, completion = guarded(prompt, self.controls), guarded(completion, self.controls)
+    def _framed(self, prompt: Prompt, completion: str) -> Framed:
+        completion = guarded(completion, self.controls)
         if self.affixes is None:
             return _plain(token_ids(self.tokenizer, self._rendered(prompt, completion)))
+        text = guarded(transcript(prompt), self.controls)
         before, between, after = self.affixes
         if between.ids:
-            first, second = token_ids(self.tokenizer, prompt), token_ids(self.tokenizer, completion)
+            first, second = token_ids(self.tokenizer, text), token_ids(self.tokenizer, completion)
             last = after.types[-1] if after.types else between.types[-1]
             return before + _plain(first) + between + Framed(second, [last] * len(second)) + after
-        return before + _plain(token_ids(self.tokenizer, f"{prompt}\n{completion}")) + after
+        return before + _plain(token_ids(self.tokenizer, f"{text}\n{completion}")) + after
 
-    def _around(self, prompt: str) -> tuple[Framed, Framed]:
-        prompt = guarded(prompt, self.controls)
+    def _around(self, prompt: Prompt) -> tuple[Framed, Framed]:
         if self.affixes is None:
             text_before, _, text_after = self._rendered(prompt, _MARK).rpartition(_MARK)
             ids_before, ids_after = _cut(self.tokenizer, text_before, text_after)
             return _plain(ids_before), _plain(ids_after)
+        text = guarded(transcript(prompt), self.controls)
         before, between, after = self.affixes
         if between.ids:
-            return before + _plain(token_ids(self.tokenizer, prompt)) + between, after
-        return before + _plain(_cut(self.tokenizer, f"{prompt}\n", "")[0]), after
+            return before + _plain(token_ids(self.tokenizer, text)) + between, after
+        return before + _plain(_cut(self.tokenizer, f"{text}\n", "")[0]), after
 
     def answer_type(self) -> int:
         """The type of a completion's tokens: 1 in the second segment of a pair."""
         return self.affixes[2].types[-1] if self.affixes is not None and self.affixes[1].ids else 0
 
     # ------------------------------------------------------------------------------------------------ its length
-    def make_room(self, completion_length: int) -> None:
+    def make_room(self, completion_length: int, empty: Prompt = "") -> None:
         """Keep as many tokens of the limit free for completions. Raises `ConfigError` if there are fewer.
 
-        So a prompt is cut in the same place whatever its completion, whether it is scored or guides.
+        `empty` is what every prompt has beside its last turn. So a prompt is cut in the same place whatever its
+        completion, whether it is scored or guides.
         """
         self.reserve = completion_length
-        self._shortened("", self._longest)
+        self._shortened(empty, self._longest)
 
-    def _longest(self, prompt: str) -> int:
+    def _longest(self, prompt: Prompt) -> int:
         return sum(map(len, self._around(prompt))) + self.reserve
 
-    def _shortened(self, prompt: str, length: Callable[[str], int]) -> str:
+    def _shortened(self, prompt: Prompt, length: Callable[[Prompt], int]) -> Prompt:
         """The end of the prompt with which the text, of this length in tokens, stays within the limit."""
         if self.limit is None or (over := length(prompt) - self.limit) <= 0:
             return prompt
-        ids = token_ids(self.tokenizer, guarded(prompt, self.controls))
+        while (fewer := without_oldest(prompt)) is not None and over > 0:
+            prompt = fewer
+            over = length(prompt) - self.limit
+        ids = token_ids(self.tokenizer, guarded(turns_of(prompt)[-1]["content"], self.controls))
         while ids and over > 0:
             ids = ids[over:]
-            prompt = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip("\ufffd")  # half a character
+            text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip("\ufffd")  # half a character
+            prompt = with_last(prompt, text)
             over = length(prompt) - self.limit
         if over > 0:
             raise ConfigError(

@@ -30,7 +30,7 @@ class WholeReward:
 
     def __init__(self, reward: ClassifierReward, prompts: Prompts) -> None:
         self.reward = reward
-        frames = [reward.frame.around(text) for text in prompts.texts]
+        frames = [reward.frame.around(chat) for chat in prompts.chats]
         self.before = _Piece.of(reward, [before for before, _ in frames], left=True)
         self.after = _Piece.of(reward, [after for _, after in frames], left=False)
 
@@ -57,7 +57,7 @@ class CachedReward:
 
     def __init__(self, reward: ClassifierReward, prompts: Prompts) -> None:
         self.reward, self.backbone = reward, reward.model.base_model
-        frames = [reward.frame.around(text) for text in prompts.texts]
+        frames = [reward.frame.around(chat) for chat in prompts.chats]
         prefixes = [tuple(before.ids) for before, _ in frames]
         unique = {ids: i for i, ids in enumerate(dict.fromkeys(prefixes))}
         before = _Piece.of(reward, [Framed([*ids], [0] * len(ids)) for ids in unique], left=True)

@@ -27,7 +27,16 @@ _OTHER_HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|cls|lm_predictions|mask_predictions|vocab_transform|vocab_layer_norm|vocab_projector|"
     r"generator_predictions|discriminator_predictions|seq_relationship|pooler)\."
 )
-_UNBUILT = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+UNBUILT = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 # Words in the names of fields that make another forward pass, in some architecture or other.
 _COUNTS = re.compile(
     r"rope|rotary|(?<!max_)window|scal|softcap|logit|alibi|norm|bias|multiplier|attention_type|layer_types|"
@@ -93,7 +102,7 @@ def _skeleton(config: PreTrainedConfig, what: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except _UNBUILT as error:
+    except UNBUILT as error:
         raise ConfigError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -1,8 +1,9 @@
-"""What a completion is worth: a weighted sum of a reward model and plain Python functions."""
+"""What a completion is worth: a weighted sum of a reward model, verifiers and plain Python functions."""
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rgrl.config import Config, RewardConfig
 from rgrl.config.explain import short
+from rgrl.config.schema import PartConfig
 from rgrl.errors import ConfigError
 from rgrl.plugins import resolve
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
@@ -18,12 +20,13 @@ from rgrl.rewards.functions import (
     RewardFunction,
     as_rewards,
     call_function,
-    columns_of,
     misnamed,
     parameters,
 )
+from rgrl.rewards.shaping import Shape, check_shapes, normalised, paid, weighted_sum
+from rgrl.rewards.verifiers import VERIFIERS, Verification, load_verifier
 from rgrl.seeds import global_state, set_global_state
-from rgrl.types import Prompts
+from rgrl.types import Prompts, SomePrompts
 
 TRIAL = ("The answer is 42.", "")  # completions that each function is tried on; a policy may write an empty one
 
@@ -41,9 +44,12 @@ class Rewards:
     columns: list[str] | None = None  # of the data, which functions may ask for by name; None: of each call's rows
     failures: list[tuple[str, str]] = field(default_factory=list)  # (name, what happened) of calls replaced by 0
     unrated: Counter[str] = field(default_factory=Counter)  # completions that a function gave None
+    shapes: dict[str, Shape] = field(default_factory=dict)  # of the parts that are clipped, normalised or conditional
+    limits: dict[str, float] = field(default_factory=dict)  # time limits of functions that have their own
+    max_bad: float = 0.0  # fraction of rows that a verifier may fail to read
 
     def score(self, prompts: Prompts, completions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum r_B and each term, float32 on the CPU.
+        """The weighted sum r_B and each term as it is paid (`shaping.paid`), float32 on the CPU.
 
         A term is NaN where a function returned None: it gives no reward there, and the sum leaves it out. The sum is
         NaN where every term is. Raises `ConfigError` for a term that is not one finite number or None per completion,
@@ -59,11 +65,18 @@ class Rewards:
             check_finite(name, r_B, prompts, completions)
             terms[name] = r_B.masked_fill(~rated_B, math.nan)
             self.unrated[name] += int((~rated_B).sum())
-        summands = [self.weights[name] * r_B.nan_to_num(nan=0.0) for name, r_B in terms.items()]
-        rated_B = torch.stack([~r_B.isnan() for r_B in terms.values()]).any(0)
-        return torch.stack(summands).sum(0).masked_fill(~rated_B, math.nan), terms
+        terms = paid(terms, self.shapes)
+        return weighted_sum(terms, self.weights), terms
 
-    def try_out(self, training: Prompts, evaluation: Prompts | None = None) -> list[str]:
+    def for_advantages(self, total_B: Tensor, terms: dict[str, Tensor], G: int) -> Tensor:
+        """The sum that completions of a group of G are compared by: `total_B`, or with normalised terms in it."""
+        chosen = {name for name, shape in self.shapes.items() if shape.normalise and name in terms}
+        if not chosen:
+            return total_B
+        compared = {name: normalised(r_B, G) if name in chosen else r_B for name, r_B in terms.items()}
+        return weighted_sum(compared, self.weights)
+
+    def try_out(self, training: SomePrompts, evaluation: SomePrompts | None = None) -> list[str]:
         """Call each function once on two completions: a bug shows before a run begins, whatever `on_error` says.
 
         The columns of both data sets are from now on those that functions may name. The global random state is put
@@ -71,9 +84,12 @@ class Rewards:
         """
         data = {"data.path": training} | ({} if evaluation is None else {"data.eval_path": evaluation})
         notes: list[str] = []
-        columns = {setting: columns_of(prompts.rows) for setting, prompts in data.items()}
+        columns = {setting: prompts.columns for setting, prompts in data.items()}
         self.columns = sorted(set().union(*columns.values()))
         for name, function in self.functions.items():
+            if isinstance(function, Verification):
+                notes += filter(None, (function.check(p, setting, self.max_bad) for setting, p in data.items()))
+                continue
             own = self.settings.get(name, {})
             for setting, there in columns.items():
                 try:
@@ -88,7 +104,7 @@ class Rewards:
         if not self.functions:
             return notes
         two, state = training.take([0, min(1, len(training) - 1)]), global_state()
-        trial = Rewards(None, self.functions, self.weights, self.time_limit, "stop", self.settings, self.columns)
+        trial = replace(self, model=None, on_error="stop", failures=[], unrated=Counter(), shapes={})
         try:
             trial.score(two, list(TRIAL))
         except ConfigError as error:
@@ -105,9 +121,9 @@ class Rewards:
         return cut
 
     def _call(self, name: str, function: RewardFunction, prompts: Prompts, completions: list[str]) -> Any:
-        own = self.settings.get(name)
+        own, seconds = self.settings.get(name), self.limits.get(name, self.time_limit)
         try:
-            return call_function(name, function, prompts, completions, self.time_limit, own, self.columns)
+            return call_function(name, function, prompts, completions, seconds, own, self.columns)
         except FunctionFailedError as failure:
             if self.on_error == "stop":
                 raise ConfigError(f"reward {name!r} {failure}", on_one_rank=True) from failure.__cause__
@@ -129,21 +145,55 @@ def check_finite(name: str, r_B: Tensor, prompts: Prompts, completions: list[str
 
 
 def load_functions(config: RewardConfig) -> Rewards:
-    """The Python functions alone, which need no device. Raises `ConfigError` for what cannot be found or called."""
-    c = config
-    functions = {path.partition(":")[2] or path: resolve(path, "reward function") for path in c.functions}
-    for name, function in functions.items():
-        if not callable(function):
-            raise ConfigError(f"reward function {name!r} cannot be called: it is {short(function)}")
-    if len(functions) < len(c.functions) or c.name in functions:
+    """The Python functions and verifiers, which need no device. Raises `ConfigError` for what cannot be found or
+    called."""
+    c, rewards = config, Rewards(None, {}, {config.name: config.weight}, config.time_limit, config.on_error)
+    parts = {key: part if isinstance(part, PartConfig) else PartConfig(part) for key, part in c.functions.items()}
+    names = {key: name_of(key, part) for key, part in parts.items()}
+    if len({*names.values(), c.name}) <= len(names):
         raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
-    if odd := [name for name in c.settings if name not in functions]:
-        known = ", ".join(functions) or "none"
+    if odd := [name for name in c.settings if name not in names.values()]:
+        known = ", ".join(names.values()) or "none"
         raise ConfigError(
             f"`reward.settings.{odd[0]}`: no function of `reward.functions` has this name; known: {known}"
         )
-    weights = {path.partition(":")[2] or path: weight for path, weight in c.functions.items()}
-    return Rewards(None, functions, {**weights, c.name: c.weight}, c.time_limit, c.on_error, c.settings)
+    for key, part in parts.items():
+        path, name = part.function or key, names[key]
+        settings = c.settings.get(name, {}) | part.settings
+        if twice := sorted(c.settings.get(name, {}).keys() & part.settings.keys()):
+            raise ConfigError(f"reward {name!r}: its setting {twice[0]!r} is also in `reward.settings`; keep one")
+        rewards.weights[name] = part.weight
+        if part.time_limit is not None:
+            rewards.limits[name] = part.time_limit
+        if path in VERIFIERS:
+            rewards.functions[name] = load_verifier(path, name, settings, part.time_limit)
+            if VERIFIERS[path].seconds:
+                rewards.limits[name] = 0.0  # of the call: each completion has its own
+        else:
+            rewards.functions[name] = resolve(path, "reward function", dict(VERIFIERS))
+            rewards.settings[name] = settings
+        if not callable(rewards.functions[name]):
+            raise ConfigError(f"reward function {name!r} cannot be called: it is {short(rewards.functions[name])}")
+        rewards.shapes[name] = shape_of(part)
+    rewards.shapes[c.name], rewards.max_bad = shape_of(c), c.max_bad
+    if c.path is None and rewards.shapes.pop(c.name) != Shape():
+        raise ConfigError("`reward.clip`, `normalise` and `only_if` shape the model of `reward.path`, which is not set")
+    never = [name for name, f in rewards.functions.items() if isinstance(f, Verification) and not f.verifier.paid]
+    check_shapes(rewards.shapes, [*rewards.functions, *([c.name] if c.path is not None else [])], never)
+    return rewards
+
+
+def name_of(key: str, part: PartConfig) -> str:
+    """What a function of the reward is called in metrics and tables. Raises `ConfigError`."""
+    name = part.name or (key if part.function else key.partition(":")[2] or key)
+    if not re.fullmatch(r"[^/\s]+", name):
+        raise ConfigError(f"`reward.functions`: {short(name)} is no name for metrics: no spaces, no slash")
+    return name
+
+
+def shape_of(part: PartConfig | RewardConfig) -> Shape:
+    """How the settings of a part shape it."""
+    return Shape((part.clip[0], part.clip[1]) if part.clip is not None else None, part.normalise, part.only_if)
 
 
 def load_rewards(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgrl.config import RolloutConfig
 from rgrl.rollout.guidance import Guide, Hidden, steer
-from rgrl.rollout.sampling import Support, draw_uniform, support_of
+from rgrl.rollout.sampling import Support, draw_uniform, drawn_from, scale_of, support_of
 from rgrl.rollout.schedule import Window, write_schedule
 from rgrl.rollout.select import certainty, confidence, most_confident, spread
 from rgrl.types import PrefixCache, Rollout
@@ -223,8 +223,8 @@ def steered_step(
     """Steer `logits_NV` in place, and take the distribution of what comes out."""
     w_N, broken = steer(logits_NV, own, hidden, u_MN, guide, config, policy.is_end)
     if guide.config.support == "policy":
-        return SteeredStep(own.steered(logits_NV, config.temperature), w_N, broken)
-    return SteeredStep(support_of(logits_NV, config.temperature, config.top_k, config.top_p), w_N, broken)
+        return SteeredStep(own.steered(logits_NV, scale_of(config)), w_N, broken)
+    return SteeredStep(support_of(logits_NV, scale_of(config), config.top_k, config.top_p), w_N, broken)
 
 
 @torch.no_grad()
@@ -243,6 +243,9 @@ def denoise(
     position and commits the k most confident of each row (ties: select.py), k from the linear schedule. The rollout
     records the step of each token and its log-probability under the guided (behaviour) and the policy's own tempered,
     truncated distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
+
+    With temperature 0 each place takes its most likely token, of the guided logits where it is guided, and nothing is
+    drawn. What is recorded is then of distributions that hold one token: 0, or -inf for another token than it.
     """
     B, C, noise = len(prompt_BL), config.max_completion_length, noise.to(prompt_BL.device)
     canvas = Canvas.start(prompt_BL, attention_BL, config, policy.mask_id)
@@ -258,14 +261,15 @@ def denoise(
                 continue
         places = canvas.open_places(window.end, N)
         logits_NV = masked_logits(t, window, places)
-        own = support_of(logits_NV, config.temperature, config.top_k, config.top_p)
+        own = support_of(logits_NV, scale_of(config), config.top_k, config.top_p)
         certainty_N = certainty(logits_NV, own)  # before steering, which overwrites the logits
         step = SteeredStep(own)
         if guide is not None and guide.steers(t):
             hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], places.hidden_N, canvas.rows_A)
             u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, places.flat_N]
             step = steered_step(logits_NV, own, hidden, u_MN, guide, config, policy)
-        token_N = step.support.token(step.support.pick(noise.token_BTC[:, t].flatten()[places.flat_N]))
+        drawn, own_drawn = drawn_from(step.support, config), drawn_from(own, config)
+        token_N = drawn.token(drawn.pick(noise.token_BTC[:, t].flatten()[places.flat_N]))
         order_N = noise.order_BTC[:, t].flatten()[places.flat_N]
         ranked = step.support if config.confidence_from == "guided" else own
         rank_2N = confidence(ranked, token_N, order_N, config, policy.is_end), certainty_N
@@ -275,10 +279,10 @@ def denoise(
             sure_N = ranked.logp(ranked.best()).exp() > config.commit_above
             also_BC = spread(sure_N, places.flat_N, B, C, False)
         commit_BC = most_confident(confidence_BC, certainty_BC, window.commit, also_BC)
-        logp = step.support.logp(token_N), own.logp(token_N)
+        logp = drawn.logp(token_N), own_drawn.logp(token_N)
         canvas.commit(commit_BC, t, places.flat_N, token_N, logp)
         if stats is not None:
-            stats.record(commit_BC.flatten()[places.flat_N], own, step, 1 + 4 * t // config.steps)
+            stats.record(commit_BC.flatten()[places.flat_N], own_drawn, step, 1 + 4 * t // config.steps)
     return canvas.finish(policy.mask_id, policy.is_end)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rgrl.config import Config, GuidanceConfig, RolloutConfig
-from rgrl.rollout.sampling import Support, largest, row_blocks, support_of
+from rgrl.rollout.sampling import Support, drawn_from, largest, row_blocks, scale_of, support_of
 from rgrl.types import Prompts
 
 # response_ACD, attention_AC (bool), which of the prompts these A rows answer -> r_A, float32, differentiable
@@ -183,11 +183,11 @@ def steer(
     left their logits unchanged.
 
     The logits are the policy's at the hidden places, `support` is its sampling distribution there, and `u_MN` (uniform)
-    picks the hard tokens. Each step is Adam with fresh state (b1 0.9, b2 0.999, eps 1e-8) at the rate `config.eta`.
-    Tokens that the policy scores -inf stay impossible. With `config.top_n` all of this is about the n most likely
-    tokens of each position, as if there were no others.
+    picks the hard tokens (at temperature 0 the most likely ones). Each step is Adam with fresh state (b1 0.9, b2 0.999,
+    eps 1e-8) at the rate `config.eta`. Tokens that the policy scores -inf stay impossible. With `config.top_n` all of
+    this is about the n most likely tokens of each position, as if there were no others.
     """
-    config, table_VD, tau = guide.config, guide.embedding_VD, sampler.temperature
+    config, table_VD, tau = guide.config, guide.embedding_VD, scale_of(sampler)
     candidates = Candidates(logits_NV, guide, tau)
     known_BCD = hidden.known_embeddings(table_VD)
     first_w_N, broken = None, torch.zeros((), device=logits_NV.device)
@@ -196,7 +196,8 @@ def steer(
             support = support_of(candidates.phi_NV, tau, sampler.top_k, sampler.top_p).renamed(candidates.token_NV)
         blend_ND = candidates.soft_embeddings()
         if config.kind != "expectation":
-            hard_ND = table_VD[support.token(support.pick(u_MN[m]))]
+            drawn = drawn_from(support, sampler)
+            hard_ND = table_VD[drawn.token(drawn.pick(u_MN[m]))]
             w_N1: float | Tensor = 1.0
             if config.kind == "entrgi":
                 w_N = guide.weight(candidates.phi_NV, len(table_VD))

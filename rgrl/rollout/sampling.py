@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgrl.config import RolloutConfig
+
 BLOCK = 64  # tokens represented by their largest logit in the first round of a top-k search
 
 
@@ -52,6 +54,16 @@ class Support:
         hit_NK = (cdf_NK > u_N.to(cdf_NK.dtype)[:, None] * cdf_NK[:, -1:]) & (p_NK > 0)
         return hit_NK.byte().argmax(-1)
 
+    def greedy(self) -> "Support":
+        """All probability on the most likely token of each row; of equally likely ones on the one with the least id."""
+        tied_NK = self.logp_NK == self.logp_NK.amax(-1, keepdim=True)
+        if self.token_NK is None:
+            slot_N1 = tied_NK.byte().argmax(-1, keepdim=True)
+        else:
+            slot_N1 = self.token_NK.masked_fill(~tied_NK, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
+        certain_NK = torch.full_like(self.logp_NK, float("-inf")).scatter_(-1, slot_N1, 0.0)
+        return Support(certain_NK, self.token_NK)
+
     def steered(self, logits_NV: Tensor, temperature: float) -> "Support":
         """`softmax(logits / temperature)` over the candidates of this one, and no others."""
         kept_NK = logits_NV if self.token_NK is None else logits_NV.gather(-1, self.token_NK)
@@ -63,6 +75,20 @@ class Support:
         if token_NV is None:
             return self
         return Support(self.logp_NK, token_NV if self.token_NK is None else token_NV.gather(1, self.token_NK))
+
+
+def drawn_from(support: Support, config: RolloutConfig) -> Support:
+    """What tokens are drawn from: the distribution itself, or with temperature 0 its most likely token alone."""
+    return support if config.temperature > 0 else support.greedy()
+
+
+def scale_of(config: RolloutConfig) -> float:
+    """What logits are divided by: the temperature, and 1 where that is 0, which takes the most likely token.
+
+    A greedy sampler still ranks places by how sure they are, and guidance needs a distribution to move: those are of
+    temperature 1, as in the samplers of Dream's and LLaDA's authors.
+    """
+    return config.temperature or 1.0
 
 
 def finite_log_softmax(logits_NV: Tensor) -> Tensor:

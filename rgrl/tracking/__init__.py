@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rgrl.config import Config
 from rgrl.console import warn
 from rgrl.folder import Owner
+from rgrl.tracking.columns import uniform
 from rgrl.tracking.glossary import METRICS, TIMING
 from rgrl.tracking.journal import Journal, read_metrics
 from rgrl.tracking.tables import Tables
@@ -28,7 +29,7 @@ class Sink(Protocol):
         ...
 
     def table(self, step: int, name: str, rows: list[dict[str, Any]]) -> None:
-        """Take a table of completions, at least one row."""
+        """Take a table of completions, at least one row; all rows have the same columns."""
         ...
 
     def close(self) -> None:
@@ -78,6 +79,7 @@ class Tracker:
         """Save `completions/NAME_STEP.parquet`, and give the table to the other sinks."""
         if not self.enabled or not rows:
             return
+        rows = uniform(rows)
         if (failure := self._tables.write(step, name, rows)) is not None:
             self.failures["table"] = failure
         for sink_name, sink in list(self._sinks.items()):

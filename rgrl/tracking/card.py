@@ -110,7 +110,10 @@ def _rewards(reward: dict[str, Any], about: dict[str, Any]) -> list[str]:
     if reward.get("path"):
         adapter = f" with the adapter {_code(public_name(reward['adapter']))}" if reward.get("adapter") else ""
         terms.append(f"{_model(reward['path'], about.get('reward'))}{adapter}, weight {reward['weight']:g}")
-    return terms + [f"{_code(name)}, weight {weight:g}" for name, weight in reward["functions"].items()]
+    for name, part in reward["functions"].items():
+        weight = part["weight"] if isinstance(part, dict) else part
+        terms.append(f"{_code(name)}, weight {weight:g}")
+    return terms
 
 
 def _model(path: str, found: dict[str, str] | None) -> str:

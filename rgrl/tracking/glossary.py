@@ -3,11 +3,11 @@
 METRICS = {
     "reward": "mean total reward of the rollouts that trained this step (guided, if guidance is on)",
     "reward_std": "mean over groups of the standard deviation of total reward within the group",
-    "rewards/<name>/mean": "mean of one reward term, unweighted",
+    "rewards/<name>/mean": "mean of one reward term as it is paid (`clip`, `only_if`), unweighted",
     "rewards/<name>/std": "standard deviation of that term over all rows",
     "rewards/<name>/failed": "calls of a Python reward that raised or took too long, on all ranks, evaluation included",
-    "rewards/<name>/none": "completions that a Python reward gave None, no reward, on all ranks, evaluation included; "
-    "mean and std of this term leave them out",
+    "rewards/<name>/none": "completions that a Python reward or verifier gave None, no reward, on all ranks, "
+    "evaluation included; mean and std of this term leave them out",
     "rewards/<name>/cut": "texts too long for the reward model (`reward.max_length`), which were shown without the "
     "beginning of their prompt, on all ranks, evaluation included",
     "frac_reward_zero_std": "fraction of groups whose rewards are all equal; they contribute nothing",
@@ -70,6 +70,11 @@ METRICS = {
     "correction/sequence_log/p95": "95 % quantile of it",
     "eval/reward": "mean reward of unguided completions of the eval prompts",
     "eval/reward_std": "its standard deviation over samples",
+    "eval/rewards/<name>/mean": "mean of one reward term over those completions, unweighted, of what is not None",
+    "eval/rewards/<name>/none": "completions that a Python reward gave None, no reward",
+    "eval/rewards/<name>/pass_at_<k>": "pass@k: how probably one or more of k completions of a prompt pass this term "
+    "(`eval.passes`), mean over prompts, estimated without bias from all `eval.samples` of each: for k = 1 the "
+    "fraction of completions that pass, for the largest k that of prompts with one that does",
     "eval/judge": "the same under the judge, which is never trained against",
     "eval/judge_std": "its standard deviation over samples",
     "eval/judge_cut": "texts that were too long for the judge, and lost the beginning of their prompt",

@@ -95,7 +95,7 @@ def summary(output_dir: Path, last_step: int | None = None) -> str:
     evals = [line for line in lines if line.get("eval/reward") is not None]
     rollouts = [line for line in lines if line.get("reward") is not None]
     if evals:
-        text = _table("unguided, held-out prompts", evals, MEASURES)
+        text = _table("unguided, held-out prompts", evals, _measures(evals))
         for i, row in enumerate(text):
             if row.startswith("eval/top_word "):
                 text[i] += _words(output_dir, evals)
@@ -112,6 +112,14 @@ def summary(output_dir: Path, last_step: int | None = None) -> str:
     if counted:
         text.append("seconds: " + ", ".join(counted))
     return "\n".join(text)
+
+
+def _measures(evals: Lines) -> tuple[str, ...]:
+    """What is told of evaluations: the parts of the reward too, but not one that is all of it."""
+    ends = (evals[0], evals[-1])
+    parts = [name for name in evals[-1] if re.fullmatch(r"eval/rewards/.+/(mean|pass_at_\d+)", name)]
+    told = [name for name in parts if any(line.get(name) != line["eval/reward"] for line in ends)]
+    return (MEASURES[0], *told, *MEASURES[1:])
 
 
 def _table(title: str, lines: Lines, measures: tuple[str, ...]) -> list[str]:
@@ -167,7 +175,7 @@ def eval_tables(output_dir: Path) -> dict[int, Path]:
 def counted_word(output_dir: Path, step: int) -> str | None:
     """The word that `eval/top_word` counts in the evaluation of this step; None if its table cannot tell."""
     try:
-        rows = _by_index(eval_tables(output_dir)[step]).values()
+        rows = _rows(eval_tables(output_dir)[step])
     except UNREADABLE:
         return None
     return next((row["top_word"] for row in rows if row.get("top_word") is not None), None)
@@ -188,10 +196,15 @@ def before_and_after(output_dir: Path, count: int = 4) -> str:
         return f"samples: a table in {output_dir / 'completions'} cannot be read ({type(error).__name__})"
 
 
-def _by_index(path: Path) -> dict[int, dict[str, Any]]:
+def _rows(path: Path) -> Lines:
     import pyarrow.parquet as pq
 
-    return {row["index"]: row for row in pq.read_table(path).to_pylist()}
+    return pq.read_table(path).to_pylist()
+
+
+def _by_index(path: Path) -> dict[int, dict[str, Any]]:
+    """The first completion of each prompt, by its number."""
+    return {row["index"]: row for row in reversed(_rows(path))}
 
 
 def _samples(ends: list[dict[int, dict[str, Any]]], count: int) -> str:

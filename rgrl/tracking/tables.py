@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rgrl.folder import Owner, not_ours
+from rgrl.tracking.columns import as_text
 
 MARK = b"rgrl_run"  # in a table's metadata: the run's id
 
@@ -17,7 +18,7 @@ class Tables:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, step: int, name: str, rows: list[dict[str, Any]]) -> str | None:
-        """Save one table, whole or not at all. Returns why it could not be written, None if it was."""
+        """Save one table, of `uniform` rows, whole or not at all. Returns why it could not be written, else None."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -26,13 +27,23 @@ class Tables:
         try:
             if not owns_table(path, self.owner):
                 raise not_ours(path)
-            table = pa.Table.from_pylist(rows)
+            table = pa.table({name: _array([row[name] for row in rows]) for name in rows[0]})
             pq.write_table(table.replace_schema_metadata({MARK: self.owner.id.encode()}), partial)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             return f"cannot write {path}: {error}"
         return None
+
+
+def _array(values: list[Any]) -> Any:
+    """A column of a table; as text where Parquet has no type for its values, such as lists of several kinds."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return pa.array([None if value is None else as_text(value) for value in values])
 
 
 def tables_after(output: Path, step: int) -> list[Path]:

@@ -322,7 +322,7 @@ CASES: list[tuple[str, Change, list[str]]] = [
         puts(reward={"functions": {"own:f": 1.0}}, guidance__kind="entrgi"),
         ["`guidance.kind: entrgi`", "gradient", "functions"],
     ),
-    ("reward function without module", functions("", "length"), ["reward function 'length'", "package.module:attr"]),
+    ("reward function without module", functions("", "brevity"), ["reward function 'brevity'", "package.module:attr"]),
     ("reward module not importable", functions("", "nonesuch:f"), ["reward function 'nonesuch:f'", "imported"]),
     ("reward function not there", functions("", "own_rewards:f"), ["'own_rewards:f'", "imported"]),
     ("reward function that is none", functions("f = 3", "own_rewards:f"), ["reward function 'f'", "called"]),

@@ -166,10 +166,22 @@ FILES = [
     ("# " + "x" * 2_000_000, ["more than 1,000,000 bytes"]),
     ("extends: other.yaml", ["other.yaml", "settings.yaml extends", "no such file"]),
     ("extends: settings.yaml", ["extends itself"]),
-    ("extends: [a, b]", ["`extends` must be the path of a file"]),
-    ('extends: "a\\0"', ["must be text without NUL"]),
+    ("extends: [a, b]", ["there is no preset 'a'; there are countdown, gsm8k"]),
+    ("extends: gsm-8K", ["settings.yaml: `extends`: there is no preset 'gsm-8K'; did you mean gsm8k?"]),
+    ("extends: [gsm8k, sudoku]", ["there is no preset 'sudoku'; did you mean sudoku4?"]),
+    ("extends: base", ["there is no preset 'base'", "a file is named with a slash, or with .yaml at its end"]),
+    ("extends: [base.yaml, ./base]", ["no such file", "settings.yaml extends"]),
+    ("extends: {a: b}", ["`extends` must be the path of a file, the name of a preset, or a list of these"]),
+    ("extends: [gsm8k, [base.yaml]]", ["`extends` must be the path of a file", "['base.yaml']"]),
+    ("extends: [gsm8k, null]", ["`extends` must be the path of a file", "'null'"]),
+    ('extends: ""', ["`extends` must be the path of a file", "not ''"]),
+    ('extends: ["gsm8k", ""]', ["`extends` must be the path of a file"]),
+    ('extends: "a\\0"', ["there is no preset 'a\\x00'"]),
+    ('extends: "a\\0.yaml"', ["must be text without NUL"]),
     ("extends: .", ["no such file"]),
-    ("extends: " + "y" * 300, ["255 bytes"]),
+    ("extends: " + "y" * 300, ["there is no preset 'yyy"]),
+    ("extends: " + "y" * 300 + ".yaml", ["255 bytes"]),
+    ("extends: [base.yaml, settings.yaml]", ["settings.yaml extends itself"]),
 ]  # fmt: skip
 
 # (overrides, words of the message)
@@ -436,7 +448,7 @@ def test_commands_as_functions_check_what_they_are_handed(command, tmp_path):
         command(Config(**needed, reward=RewardConfig("r")))
     config = load_config(REPO / "recipes/reviews/rgrl.yaml", ["--run.output_dir", str(tmp_path / "run")])
     config.rollout.temperature = -1.0
-    with pytest.raises(ConfigError, match=r"`rollout.temperature` must be above 0, not -1.0"):
+    with pytest.raises(ConfigError, match=r"`rollout.temperature` must be at least 0, not -1.0"):
         command(config)
     assert not (tmp_path / "run").exists()
 

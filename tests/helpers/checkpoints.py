@@ -150,7 +150,9 @@ def with_code(folder: Path, name: str) -> Path:
     return folder
 
 
-def write_reward(folder: Path, seed: int = 1, labels: int = 1, template: str | None = None) -> Path:
+def write_reward(
+    folder: Path, seed: int = 1, labels: int = 1, template: str | None = None, positions: int = 128
+) -> Path:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=4100,
@@ -160,7 +162,7 @@ def write_reward(folder: Path, seed: int = 1, labels: int = 1, template: str | N
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         num_labels=labels,
         pad_token_id=4092,
     )

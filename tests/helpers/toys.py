@@ -5,7 +5,7 @@ import torch
 from rgrl.models.readout import read_out
 from rgrl.rollout.denoise import RolloutNoise, denoise
 from rgrl.rollout.guidance import Guide, Hidden, steer
-from rgrl.rollout.sampling import draw_uniform, sampled_logp, support_of
+from rgrl.rollout.sampling import draw_uniform, sampled_logp, scale_of, support_of
 from rgrl.seeds import generators
 from rgrl.types import Rollout
 
@@ -73,7 +73,7 @@ def all_hidden(B, C):
 def steered(logits_NV, hidden, guide, sampler, is_end=lambda ids: ids < 0, u_MN=None):
     """A steered copy of the logits, and how many gradients were not finite."""
     guided_NV = logits_NV.clone()
-    support = support_of(logits_NV, sampler.temperature, sampler.top_k, sampler.top_p)
+    support = support_of(logits_NV, scale_of(sampler), sampler.top_k, sampler.top_p)
     if u_MN is None:
         u_MN = draw_uniform((guide.config.steps, len(logits_NV)), torch.Generator().manual_seed(1))
     _, broken = steer(guided_NV, support, hidden, u_MN, guide, sampler, is_end)

@@ -12,7 +12,7 @@ from rgrl.config import GuidanceConfig, RolloutConfig
 from rgrl.rewards import load_classifier
 from rgrl.rollout.denoise import DenoiseStats, denoise
 from rgrl.rollout.guidance import Hidden
-from rgrl.rollout.sampling import support_of
+from rgrl.rollout.sampling import Support, support_of
 from rgrl.rollout.schedule import commit_schedule
 from rgrl.rollout.select import certainty, most_confident
 from rgrl.types import Prompts
@@ -76,7 +76,7 @@ def run(policy, config, seed=0, guide=None, stats=None, prompts=(PROMPT_BL, ATTE
 
 def log_distribution(logits_V, config):
     """Tempered and truncated by a full sort, as a list of log-probabilities (-inf outside the support)."""
-    scaled = [x / config.temperature for x in logits_V.tolist()]
+    scaled = [x / (config.temperature or 1.0) for x in logits_V.tolist()]
     order = sorted(range(len(scaled)), key=scaled.__getitem__, reverse=True)[: config.top_k or len(scaled)]
     weight = {v: math.exp(scaled[v] - scaled[order[0]]) for v in order}
     kept, mass, total = [], 0.0, sum(weight.values())
@@ -125,6 +125,12 @@ def slow_certainty(logits_V, config):
     best, *others = sorted(logits_V.tolist(), reverse=True)[: config.top_k if config.top_k > 1 else None]
     total = sum(math.exp(x - best) for x in others)
     return -math.log(total) if total > 0 else math.inf
+
+
+def certain(logits_V):
+    """The log-probabilities of a sampler that takes the most likely token."""
+    values = logits_V.tolist()
+    return [0.0 if v == values.index(max(values)) else -math.inf for v in range(len(values))]
 
 
 def commits(ranked, k):
@@ -176,14 +182,18 @@ def slow_denoise(policy, config, seed, guide, prompts):
                 own_logp = log_distribution(policy_NV[n], config)
                 logp = log_distribution(guided_NV[n], config)
                 token = quantile(logp, noise.token_BTC[b, t, c].item(), config)
+                drawn, own_drawn = logp, own_logp
+                if config.temperature == 0:  # whatever is most likely, and certain
+                    drawn, own_drawn = certain(guided_NV[n]), certain(policy_NV[n])
+                    token = drawn.index(0.0)
                 u = noise.order_BTC[b, t, c].item()
                 read = logp if config.confidence_from == "guided" else own_logp
                 sure = slow_confidence(config.confidence, read, token, u)
                 sure -= config.position_temperature * math.log(-math.log(u))
                 if config.defer_eos and is_end(torch.tensor(token)):
                     sure = -math.inf
-                certain = slow_certainty(policy_NV[n], config)
-                ranked.append((sure, certain, c, token, logp[token], own_logp[token]))
+                odds = slow_certainty(policy_NV[n], config)
+                ranked.append((sure, odds, c, token, drawn[token], own_drawn[token]))
                 n += 1
             for _, _, c, token, logp, own_logp in commits(ranked, k):
                 canvas[b][width + c] = token
@@ -226,6 +236,38 @@ def assert_same(policy, config, guide=None, slow_policy=None, prompts=(PROMPT_BL
 def test_guided_denoising_equals_the_slow_loop(rule, source, position_temperature):
     order = {"confidence": rule, "confidence_from": source, "position_temperature": position_temperature}
     assert_same(Toy(), settings(4, temperature=0.8, top_p=0.9, top_k=7, **order), toy_guide("entrgi"))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_greedy_denoising_takes_the_most_likely_tokens(rule, guided, top_k):
+    config = settings(4, temperature=0, top_p=0.9, top_k=top_k, confidence=rule)
+    assert_same(Toy(), config, toy_guide("entrgi") if guided else None)
+
+
+@pytest.mark.parametrize("kind", ["none", "expectation", "aps", "entrgi"])
+def test_a_greedy_completion_does_not_depend_on_the_seed(kind):
+    guide = None if kind == "none" else toy_guide(kind)
+    found = [run(Toy(), settings(3, temperature=0, top_k=5), seed, guide) for seed in range(3)]
+    for other in found[1:]:
+        assert all(torch.equal(getattr(found[0], name), value) for name, value in vars(other).items())
+    assert found[0].behaviour_logp_BC.count_nonzero() == 0
+    if guide is None:
+        assert torch.equal(found[0].policy_logp_BC, found[0].behaviour_logp_BC)
+    else:
+        assert set(found[0].policy_logp_BC.flatten().tolist()) == {0.0, -math.inf}
+
+
+def test_of_equally_likely_tokens_a_greedy_sampler_takes_the_one_with_the_least_id():
+    logits_NV = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0], [0.0, 1.0, 1.0, 5.0]])
+    for top_k in (0, 3, 4):
+        greedy = support_of(logits_NV, 1.0, top_k, 1.0).greedy()
+        assert greedy.token(greedy.pick(torch.tensor([0.999, 1e-6, 0.5]))).tolist()[::2] == [1, 3]
+        assert greedy.logp(torch.tensor([1, 0, 3]))[::2].tolist() == [0.0, 0.0]
+    assert support_of(logits_NV, 1.0, 0, 1.0).greedy().best().tolist() == [1, 0, 3]
+    shuffled = Support(torch.tensor([[-1.0, -1.0, -2.0]]), torch.tensor([[7, 3, 1]])).greedy()
+    assert shuffled.best().item() == 3 and shuffled.logp_NK.tolist() == [[-math.inf, 0.0, -math.inf]]
 
 
 @pytest.fixture(scope="module")

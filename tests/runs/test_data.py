@@ -132,7 +132,7 @@ def test_a_file_changed_in_place_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_chat_messages_give_their_first_user_turn(suffix, tmp_path):
+def test_chat_messages_may_give_their_first_user_turn(suffix, tmp_path):
     turns = [
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}],
         [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "?"}],
@@ -140,7 +140,7 @@ def test_chat_messages_give_their_first_user_turn(suffix, tmp_path):
     path = tmp_path / f"chat.{suffix}"
     rows = datasets.Dataset.from_list([{"messages": t} for t in turns])
     rows.to_parquet(path) if suffix == "parquet" else rows.to_json(path)
-    assert load_prompts(str(path), DataConfig(column="messages")).texts == ["why?", "how?"]
+    assert load_prompts(str(path), DataConfig(column="messages", turns="first_user")).texts == ["why?", "how?"]
 
 
 def test_chat_without_a_user_turn_is_refused(tmp_path):

@@ -27,8 +27,8 @@ def test_bfloat16_base_trains_a_float32_adapter(tiny, tmp_path):
 
 
 COLUMNS = {
-    "train": ["prompt", "completion", "reward", "advantage"],
-    "eval": ["index", "prompt", "completion", "reward", "judge", "length", "top_word"],
+    "train": ["prompt", "completion", "guided", "reward", "advantage", "rewards/model"],
+    "eval": "index sample prompt completion guided reward judge length top_word rewards/model".split(),
 }
 
 

@@ -69,10 +69,10 @@ def test_both_terms_add_up_with_their_weights(tiny, tmp_path):
     tiny = changed(tiny, gradient={"weight": 0.7}, objective={"weight": 0.2}, optim={"max_grad_norm": 1e6})
     run = set_up(resolved(tiny, tmp_path), Accelerator())
     batch = prepare(run, rollout_step(run, 0, Clock()), 0)
-    assert batch.noise is not None
+    (drawn,) = batch.drawn
     objective, reward = objective_gradient(run, batch, 0, 0), reward_term_gradient(run, batch, 0, 0)
-    assert reward.totals["n"] == 4 and objective.totals["n"] == batch.noise.count_BC.sum()
-    parts = [0.2 * objective.gradient / batch.noise.count_BC.sum(), 0.7 * reward.gradient / 4]
+    assert reward.totals["n"] == 4 and objective.totals["n"] == drawn.noise.count_BC.sum()
+    parts = [0.2 * objective.gradient / drawn.noise.count_BC.sum(), 0.7 * reward.gradient / 4]
     metrics, norm = reduce_and_clip(run, {"objective": objective, "gradient": reward})
     torch.testing.assert_close(take_gradient(list(adapter_parameters(run.policy).values())), sum(parts))
     assert norm == pytest.approx(sum(parts).norm().item())

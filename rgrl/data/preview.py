@@ -1,0 +1,128 @@
+"""What a run would make of its data, shown without loading any weights: `rgrl data`."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rgrl.config import Config
+from rgrl.data.lengths import check_shapes, fit
+from rgrl.data.prompts import PromptSet, load_data
+from rgrl.models.load import load_reader
+from rgrl.models.reader import Reader
+from rgrl.models.text import token_ids
+from rgrl.rewards.bridge import bridge_embeddings
+from rgrl.rewards.classifier import load_frame
+from rgrl.rewards.frame import Frame
+from rgrl.types import Prompt, transcript
+
+MEASURED = 10_000  # prompts whose lengths are told
+COMPLETION = "[completion]"
+
+
+def preview(config: Config, first: int) -> Iterator[str]:
+    """Texts to print: counts, lengths, coverage, and the `first` prompts as policy and reward models would see them.
+
+    Raises `ConfigError` as a run with these settings would.
+    """
+    training, evaluation = load_data(config.data, evaluates=config.run.eval_steps > 0)
+    reader, frames = load_reader(config.model), _frames(config)
+    room = config.rollout.max_completion_length
+    data = {"training": fit(training, reader, room)}
+    if evaluation is not None:
+        data["evaluation"] = fit(evaluation, reader, room, config.data.eval_prompts)
+    for prompts in data.values():
+        for frame, _ in frames.values():
+            check_shapes(prompts, frame.check_shape)
+    for name, prompts in data.items():
+        yield _summary(name, prompts, reader)
+    yield from _coverage(config, reader, frames)
+    for name, prompts in data.items():
+        for i in range(min(first, len(prompts))):
+            yield _shown(name, prompts, i, reader, {use: frame for use, (frame, _) in frames.items()})
+
+
+def _frames(config: Config) -> dict[str, tuple[Frame, int]]:
+    """How each reward model is shown a text, and the number of its embeddings, by what it is used for."""
+    c, found = config, dict[str, tuple[Frame, int]]()
+    if c.reward.path is not None:
+        found["reward"] = load_frame(c.reward.path, c.reward.name, c.reward.max_length, c.reward.revision)
+    if c.guidance.path is not None and c.guidance.kind != "none":
+        found["guide"] = load_frame(c.guidance.path, "guide", c.reward.max_length, c.guidance.revision)
+    if c.judge.path is not None:
+        found["judge"] = load_frame(c.judge.path, "judge", c.judge.max_length, c.judge.revision)
+    for frame, _ in found.values():
+        frame.make_room(c.rollout.max_completion_length)
+    return found
+
+
+def _summary(name: str, prompts: PromptSet, reader: Reader) -> str:
+    """Numbers of rows and prompts, what was left out or cut, columns and lengths."""
+    lengths: list[int] = []
+    for batch in prompts.batches():
+        lengths += reader.lengths(batch.inputs)
+        if len(lengths) >= MEASURED:
+            break
+    tokens = torch.tensor(lengths, dtype=torch.float32)
+    half, most = tokens.quantile(0.5), tokens.quantile(0.95)
+    of = f" of the first {len(lengths):,}" if len(lengths) < len(prompts) else ""
+    left_out = prompts.tally.words()
+    return "\n".join(
+        [
+            f"{name} data: {prompts.source}",
+            f"  {prompts.tally.rows:,} rows, {len(prompts):,} prompts{f'; {left_out}' if left_out else ''}",
+            f"  columns: {', '.join(prompts.columns)}",
+            f"  policy tokens{of}: median {half:.0f}, 95 % {most:.0f}, longest {max(lengths)}, limit "
+            f"{prompts.config.max_prompt_length} (`data.max_prompt_length`)",
+        ]
+    )
+
+
+def _coverage(config: Config, reader: Reader, frames: dict[str, tuple[Frame, int]]) -> Iterator[str]:
+    """How the guide is shown the policy's tokens, where there is one."""
+    guides = config.guidance.kind != "none" or config.gradient.weight > 0
+    use = "guide" if "guide" in frames else "reward"
+    if not guides or use not in frames:
+        return
+    frame, size = frames[use]
+    ends = {*reader.end_ids, reader.eos_id}
+    table_UD = torch.zeros(size, 1)  # which tokens are shown as which does not depend on what they mean
+    _, coverage = bridge_embeddings(
+        reader.tokenizer, frame.tokenizer, table_UD, reader.vocab_size, config.reward.bridge, ends
+    )
+    yield f"guide model {frame.name}: {'the same tokens as the policy' if coverage.same else coverage}"
+
+
+def _shown(name: str, prompts: PromptSet, i: int, reader: Reader, frames: dict[str, Frame]) -> str:
+    """Prompt `i` as each model is shown it, decoded from its tokens, with their numbers and what was cut."""
+    number = int(prompts.number_P[i])
+    batch = prompts.take([i])
+    cut = prompts.cuts.get(number)
+    told = f"; cut: {cut.turns} of its oldest turns, {cut.characters:,} characters" if cut is not None else ""
+    place = prompts.data.told(number, "").replace("  ", " ").strip()
+    count = reader.lengths(batch.inputs)[0]
+    lines = [f"\n--- {name} prompt {i + 1} of {len(prompts):,}, {place}{told}", f"policy, {count} tokens:"]
+    lines.append(visible(decoded(reader.tokenizer, token_ids(reader.tokenizer, batch.inputs[0]))))
+    for use, frame in frames.items():
+        lines += _framed(use, frame, batch.chats[0])
+    return "\n".join(lines)
+
+
+def _framed(use: str, frame: Frame, prompt: Prompt) -> list[str]:
+    before, after = frame.around(prompt)
+    rest = frame.shown(prompt)
+    lost = len(transcript(prompt)) - len(transcript(rest))
+    cut = f", cut: {lost:,} characters of its beginning" if rest != prompt else ""
+    text = f"{decoded(frame.tokenizer, before.ids)}{COMPLETION}{decoded(frame.tokenizer, after.ids)}"
+    return [f"{use} model {frame.name}, {len(before) + len(after)} tokens and the completion{cut}:", visible(text)]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of tokens, control tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def visible(text: str) -> str:
+    """The text indented, with characters that a terminal would obey written out."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "\n".join(f"  | {line}" for line in shown.split("\n"))
