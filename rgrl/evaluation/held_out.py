@@ -1,5 +1,6 @@
 """Unguided completions of held-out prompts, under the reward, the judge and the frozen base."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -125,7 +126,14 @@ class HeldOut:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
             metrics["eval/judge_cut"] = cut
-        return Evaluation(metrics, rows)
+        return Evaluation(metrics, [row | self._chat(row["index"]) for row in rows])
+
+    def _chat(self, i: int) -> dict[str, str | None]:
+        """What a judge is shown of prompt `i`, as JSON, where some prompts are chats of several turns."""
+        chats = self.prompts.chats
+        if all(isinstance(chat, str) for chat in chats):
+            return {}
+        return {"chat": None if isinstance(chats[i], str) else json.dumps(chats[i], ensure_ascii=False)}
 
 
 def _or_none(reward_B: Tensor) -> list[float | None]:
