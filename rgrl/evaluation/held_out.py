@@ -1,5 +1,6 @@
 """Unguided completions of held-out prompts, under the reward, the judge and the frozen base."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -131,7 +132,17 @@ class HeldOut:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
             metrics["eval/judge_cut"] = cut
-        return Evaluation(metrics, [self._as_told(row, word, holds) for row, holds in zip(rows, held, strict=True)])
+        for row, holds, chat in zip(rows, held, self._chats(rows), strict=True):
+            row |= {"guided": False, "top_word": word if holds else None} | chat
+        return Evaluation(metrics, [self._as_told(row) for row in rows])
+
+    def _chats(self, rows: list[dict[str, Any]]) -> list[dict[str, str | None]]:
+        """The column `chat`, what a judge is shown as JSON, where some prompts are chats of several turns; else none."""
+        chats = list(self.prompts.chats)
+        if all(isinstance(chat, str) for chat in chats):
+            return [{}] * len(rows)
+        told = [None if isinstance(chat, str) else json.dumps(chat, ensure_ascii=False) for chat in chats]
+        return [{"chat": told[row["index"]]} for row in rows]
 
     def _of_parts(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """For each part of the reward: its mean, how many completions it gave none, and how often it was passed."""
@@ -152,11 +163,10 @@ class HeldOut:
                 metrics[f"eval/{column}/pass_at_{k}"] = share
         return metrics
 
-    def _as_told(self, row: dict[str, Any], word: str | None, holds: bool) -> dict[str, Any]:
+    def _as_told(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as tables have it, with the columns of the data."""
         parts = {name: value for name, value in row.items() if name.startswith("rewards/")}
         own = {name: value for name, value in row.items() if name not in parts}
-        own |= {"guided": False, "top_word": word if holds else None}
         data = data_columns(self.prompts.rows[row["index"]], self.config.data.column, row["prompt"])
         return {name: own[name] for name in OURS if name in own} | parts | data
 

@@ -1,11 +1,12 @@
 """Score a run's saved completions with another judge, so that a run can be read again without being repeated."""
 
 import csv
+import json
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rgrl.errors import ConfigError
 from rgrl.evaluation.intervals import by_prompt, mean_and_half
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
 from rgrl.rewards.total import check_finite
-from rgrl.types import Prompts
+from rgrl.types import Prompt, Prompts
 
 NEEDED = ("index", "prompt", "completion")
 SCORES = ("reward", "judge")  # what the run itself wrote beside them; a table may have neither
@@ -34,6 +35,7 @@ class Table:
     prompts: list[str]
     completions: list[str]
     scores: dict[str, list[float | None]] = field(default_factory=dict)
+    chats: list[Prompt] = field(default_factory=list)  # what a judge is shown; none: the prompts
 
 
 def read_tables(run: Path) -> list[Table]:
@@ -70,7 +72,22 @@ def _read(step: int, path: Path) -> Table:
     scores = {name: [row.get(name) for row in rows] for name in names}
     numbers = {name: each for name, each in scores.items() if _are_scores(each)}
     index, prompts, completions = ([row[name] for row in rows] for name in NEEDED)
-    return Table(step, index, prompts, completions, numbers)
+    return Table(step, index, prompts, completions, numbers, [_chat(row, path) for row in rows])
+
+
+def _chat(row: dict[str, Any], path: Path) -> Prompt:
+    """What was said in a prompt: its column `chat` where it is a chat of several turns, else its text."""
+    if row.get("chat") is None:
+        return row["prompt"]
+    try:
+        chat = json.loads(row["chat"])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: the column 'chat' of prompt {row['index']} is not JSON") from error
+    if not (isinstance(chat, list) and chat and all(isinstance(turn, dict) for turn in chat)) or not all(
+        isinstance(turn.get(key), str) for turn in chat for key in ("role", "content")
+    ):
+        raise ConfigError(f"{path}: the column 'chat' of prompt {row['index']} is no list of turns")
+    return chat
 
 
 def completion_length(run: Path) -> int:
@@ -115,12 +132,13 @@ def rejudge(tables: list[Table], judge: ClassifierReward, batch: int, tell: Call
         for start in range(0, len(table.index), batch):
             tell(f"judging {done}/{total}")
             texts = table.prompts[start : start + batch]
-            prompts, completions = Prompts(texts, [{} for _ in texts]), table.completions[start : start + batch]
+            prompts = Prompts(texts, [{} for _ in texts], chats=table.chats[start : start + batch])
+            completions = table.completions[start : start + batch]
             r_B = judge.score(prompts, completions).cpu()
             check_finite(judge.name, r_B, prompts, completions)
             scores += r_B.tolist()
             done += len(texts)
-        judged.append(Table(table.step, table.index, table.prompts, table.completions, table.scores | {"new": scores}))
+        judged.append(replace(table, scores=table.scores | {"new": scores}))
     return judged
 
 

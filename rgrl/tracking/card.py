@@ -91,9 +91,14 @@ def _origins(facts: Facts) -> dict[str, str]:
     rows = {"base": _model(config["model"]["path"], about.get("model"))}
     if "start" in about:
         rows["started from the adapter"] = _code(public_name(about["start"]["path"]))
-    rows["training data"] = f"{_code(public_name(config['data']['path']))}, {about['prompts']}"
-    if config["data"].get("eval_path"):
-        rows["held-out data"] = _code(public_name(config["data"]["eval_path"]))
+    data = config["data"]
+    rows["training data"] = f"{_data(data, data['path'])}, {about['prompts']}"
+    if data.get("eval_path"):
+        rows["held-out data"] = _data(data, data["eval_path"], "eval_")
+    elif data.get("eval_split"):
+        rows["held-out data"] = f"{_data(data, data['path'])}, split {_code(data['eval_split'])}"
+    elif data.get("eval_fraction"):
+        rows["held-out data"] = f"{data['eval_fraction']:g} of these rows, by the hash of the prompt"
     rows["rewards"] = "; ".join(_rewards(config["reward"], about)) or "none"
     if config["guidance"]["kind"] != "none":
         guide = config["guidance"].get("path") or config["reward"]["path"]
@@ -136,6 +141,16 @@ def _loading(base: str, merged: bool) -> str:
         f'base = AutoModel.from_pretrained("{base}", trust_remote_code=True)  # the code of its authors\n'
         "model = PeftModel.from_pretrained(base, name)"
     )
+
+
+def _data(data: dict[str, Any], path: str, which: str = "") -> str:
+    """A data set by its public name, its configuration and its revision."""
+    if not path:
+        return f"puzzles: {_code(data['generate'])}, seed {data['generate_seed']}"
+    subset, revision = data.get(f"{which}subset"), data.get(f"{which}revision")
+    told = [_code(public_name(path))]
+    told += [f"{name} {_code(value)}" for name, value in (("subset", subset), ("revision", revision)) if value]
+    return ", ".join(told)
 
 
 def _table(rows: dict[str, str]) -> str:

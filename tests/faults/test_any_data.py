@@ -16,8 +16,8 @@ from rgrl.errors import ConfigError
 from rgrl.models.load import load_reader
 from rgrl.models.reader import Reader
 
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-FEW = settings(SLOW, max_examples=15)
+SLOW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(SLOW, max_examples=6)
 TEXT = st.text(st.characters(), max_size=40)  # half surrogate pairs too
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.integers(10**30, 10**40)
 VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
@@ -96,7 +96,7 @@ COLUMN = st.one_of(
     st.lists(st.none() | st.text(max_size=20), min_size=3, max_size=3),
     st.lists(st.none() | st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3),
     st.lists(st.none() | st.binary(max_size=9), min_size=3, max_size=3),
-    st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3).map(lambda x: pa.array(x, pa.timestamp("s"))),
+    st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3).map(lambda x: pa.array(x, pa.timestamp("us"))),
     st.lists(st.lists(st.floats()), min_size=3, max_size=3),
     st.lists(st.binary(max_size=9), min_size=3, max_size=3).map(
         lambda x: pa.Array.from_buffers(pa.string(), 3, pa.array(x, pa.binary()).buffers())  # not UTF-8

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 from checkpoints import REPO
-from training import changed, write
+from training import changed, go, write
 
 from rgrl.cli import main
 from rgrl.config import DataConfig, ModelConfig
@@ -16,6 +16,7 @@ from rgrl.data import fingerprint, fit, load_data, load_prompts
 from rgrl.data import rows as rows_module
 from rgrl.data.lengths import bound_of, shorten
 from rgrl.errors import ConfigError
+from rgrl.evaluation import rejudge
 from rgrl.models.load import load_reader
 from rgrl.models.reader import Reader
 from rgrl.rewards.classifier import load_classifier, load_frame
@@ -438,3 +439,39 @@ def test_data_shows_the_coverage_of_another_vocabulary(capsys):
     main(["data", "--config", str(REPO / "recipes" / "reviews" / "llada.yaml"), "--first", "0"])
     text = capsys.readouterr().out
     assert "3694 exact (73.9 %), 1301 composed (26.0 %), 0 unmatched (0.0 %), 5 special" in text and "---" not in text
+
+
+# ------------------------------------------------------------------------------------------------- in whole runs
+def test_a_run_on_chats_is_judged_again_as_it_was(tiny, tmp_path, judge_dir):
+    """Its tables hold what the judge was shown, so that `rgrl judge` gives the same scores."""
+    short = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}, CHAT[1]]
+    path = lines(tmp_path / "a.jsonl", *({"m": m} for m in ("the plot", short, CHAT[1:2], [CHAT[0], CHAT[1]])))
+    data = {"path": path, "eval_path": path, "column": "m", "max_prompt_length": 50}
+    out = go(changed(tiny, data=data, rollout={"num_generations": 2}), tmp_path, steps=1)
+    tables = rejudge.read_tables(out)
+    judge = load_classifier(judge_dir, name="judge")
+    judge.frame.make_room(rejudge.completion_length(out))
+    for table in rejudge.rejudge(tables, judge, 3, lambda text: None):
+        assert [type(chat) for chat in table.chats] == [str, list, str, list]
+        assert table.scores["new"] == pytest.approx(table.scores["judge"], abs=1e-4)
+    again = go(changed(tiny, data=data), tmp_path, steps=2, resume_from_checkpoint="latest")
+    assert again == out
+    with pytest.raises(ConfigError, match=r"`data.path` held 4 prompts"):
+        go(changed(tiny, data=data | {"turns": "first_user"}), tmp_path, steps=3, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("kind", ["countdown", "sudoku4"])
+def test_generated_puzzles_are_never_trained_on_and_evaluated_too(kind):
+    pytest.importorskip("rgrl.data.puzzles")
+    config = DataConfig(generate=kind, generate_rows=120, eval_fraction=0.25)
+    training, evaluation = load_data(config)
+
+    def puzzles(prompts):
+        return {
+            (row["puzzle"],) if kind == "sudoku4" else (row["target"], *sorted(row["numbers"])) for row in prompts.rows
+        }
+
+    assert len(puzzles(training)) + len(puzzles(evaluation)) == 120 and not puzzles(training) & puzzles(evaluation)
+    more = load_data(replace(config, generate_rows=200))[1]
+    assert set(evaluation.texts) <= set(more.texts), "more puzzles leave the others on their side"
+    assert fingerprint(load_data(config)[0]) == fingerprint(training)
