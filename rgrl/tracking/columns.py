@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a report needs no torch
     from torch import Tensor
 
 LONGEST = 10_000  # characters that a table holds of a value of the data
-OURS = ("index", "sample", "prompt", "completion", "guided", "reward", "advantage", "judge", "length", "top_word")
+OURS = tuple("index sample prompt chat completion guided reward advantage judge length top_word".split())
 
 
 def parts_of(terms: Mapping[str, "Tensor"]) -> list[dict[str, float | None]]:
