@@ -8,15 +8,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:  # a report needs no torch
+    from torch import Tensor
 
 LONGEST = 10_000  # characters that a table holds of a value of the data
-OURS = ("index", "sample", "prompt", "completion", "guided", "reward", "advantage", "judge", "length", "top_word")
+OURS = tuple("index sample prompt chat completion guided reward advantage judge length top_word".split())
 
 
-def parts_of(terms: Mapping[str, Tensor]) -> list[dict[str, float | None]]:
+def parts_of(terms: Mapping[str, "Tensor"]) -> list[dict[str, float | None]]:
     """The parts of the reward of each of B completions, by column `rewards/<name>`; None where a part gives none (NaN).
 
     `terms` are the parts by name, each r_B.
@@ -25,7 +26,7 @@ def parts_of(terms: Mapping[str, Tensor]) -> list[dict[str, float | None]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def or_none(reward_B: Tensor) -> list[float | None]:
+def or_none(reward_B: "Tensor") -> list[float | None]:
     """Rewards as numbers, None where there is no reward (NaN)."""
     return [None if math.isnan(r) else r for r in reward_B.tolist()]
 
