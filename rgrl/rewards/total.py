@@ -121,6 +121,8 @@ class Rewards:
         return cut
 
     def _call(self, name: str, function: RewardFunction, prompts: Prompts, completions: list[str]) -> Any:
+        if isinstance(function, Verification) and function.verifier.seconds:
+            return function(prompts.texts, completions, prompts.rows)  # limits each completion's time itself
         own, seconds = self.settings.get(name), self.limits.get(name, self.time_limit)
         try:
             return call_function(name, function, prompts, completions, seconds, own, self.columns)
@@ -167,8 +169,6 @@ def load_functions(config: RewardConfig) -> Rewards:
             rewards.limits[name] = part.time_limit
         if path in VERIFIERS:
             rewards.functions[name] = load_verifier(path, name, settings, part.time_limit)
-            if VERIFIERS[path].seconds:
-                rewards.limits[name] = 0.0  # of the call: each completion has its own
         else:
             rewards.functions[name] = resolve(path, "reward function", dict(VERIFIERS))
             rewards.settings[name] = settings

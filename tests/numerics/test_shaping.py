@@ -131,8 +131,8 @@ def test_settings_of_a_part_that_cannot_work():
             load_functions(RewardConfig(**reward))
     for reward, words in [
         (
-            {"functions": {"numeric": {"wieght": 1}}},
-            "unknown key `reward.functions.numeric.wieght`; did you mean `weight`?",
+            {"functions": {"numeric": {"weights": 1}}},
+            "unknown key `reward.functions.numeric.weights`; did you mean `weight`?",
         ),
         ({"functions": {"numeric": {"clip": [2, 1]}}}, "a lower and a higher limit"),
         ({"functions": {"numeric": {"time_limit": -1}}}, "`reward.functions.numeric.time_limit` must be at least 0"),
@@ -157,6 +157,14 @@ def test_overrides_reach_into_a_part_and_a_run_writes_what_it_reads(tmp_path):
     assert load_config(path) == config and isinstance(config, Config)
     with pytest.raises(ConfigError, match="at least 2"):
         load_config(path, ["--rollout.num_generations", "1", "--reward.functions.numeric.normalise", "true"])
+
+
+def test_math_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rewards = load_functions(RewardConfig(functions={"math": 1.0}))
+    with pytest.raises(ConfigError, match=r"verifier `math` needs the package math-verify.*not here.*\[math\]"):
+        rewards.try_out(Prompts(["p"], [{"answer": "1"}]))
 
 
 @pytest.mark.parametrize(("document", "count"), [("README.md", 1), ("docs/verifiers.md", 2)])

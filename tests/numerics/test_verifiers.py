@@ -407,7 +407,7 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("kind", "own", "words"),
     [
-        ("numeric", {"tolerence": 1}, ["tolerence", "numeric.tolerance"]),
+        ("numeric", {"tolerant": 1}, ["tolerant", "numeric.tolerance"]),
         ("numeric", {"tolerance": "much"}, ["`numeric.tolerance` must be a number"]),
         ("numeric", {"tolerance": -1}, ["`numeric.tolerance`", "at least 0"]),
         ("exact", {"where": "there"}, ["`exact.where`", "one of"]),

@@ -16,7 +16,7 @@ LONGEST, DEEPEST, MOST_DIGITS = 500, 20, 100
 COMMANDS = frozenset(
     "frac dfrac tfrac cfrac sqrt pi theta alpha beta gamma delta lambda mu phi omega sigma epsilon infty cdot times "
     "div pm mp left right big Big bigg Bigg text textbf textit textrm mathrm mathbf mathit mathbb mathcal mbox "
-    "operatorname boxed fbox displaystyle le leq leqslant lt ge geq geqslant gt ne neq in notin cup cap setminus "
+    "operatorname boxed fbox displaystyle le leq leqslant lt ge geq geqslant gt ne neq in cup cap setminus "
     "emptyset varnothing subset subseteq begin end binom dbinom tbinom log ln lg exp sin cos tan cot sec csc arcsin "
     "arccos arctan sinh cosh tanh max min gcd lcm deg circ degree angle triangle overline overrightarrow vec hat bar "
     "lfloor rfloor lceil rceil lvert rvert vert langle rangle lbrace rbrace lbrack rbrack ldots dots cdots quad "
