@@ -7,7 +7,8 @@
 Steps cost more or less, so first a step of each variant is timed, all of them in turn: in processor seconds of one
 thread, which are its wall clock where nothing else runs. Each then gets as many steps as fit into the time of
 `--budget` diffu-GRPO steps, evaluations not counted. At its end a run is evaluated as `final.py` does: 256 held-out
-openings, the strong judge, the ridge judge, and the guards against the same before training. Complete runs are kept.
+openings, the strong judge, the ridge judge, and the guards against the same before training. A comparison that was
+stopped goes on: complete runs are kept, others resumed.
 """
 
 import argparse
@@ -71,9 +72,10 @@ def run(variants: Variants, name: str, seed: int, steps: int, args: argparse.Nam
     if not lines or lines[-1]["step"] != steps:
         path, *overrides = words_of(variants, name)
         words = ["--config", path, *overrides, "--run.seed", str(seed), "--run.steps", str(steps)]
-        words += ["--run.eval_steps", str(max(1, steps // args.evals)), "--run.save_steps", "0"]
+        words += ["--run.eval_steps", str(max(1, steps // args.evals)), "--run.save_steps", str(max(1, steps // 4))]
         words += ["--judge.path", str(args.judge), "--tracking.wandb", "false", "--tracking.completions_steps", "0"]
         words += ["--guidance.probe_prompts", "0", "--run.output_dir", str(folder)]
+        words += ["--run.keep_checkpoints", "1", "--run.resume_from_checkpoint", "auto"]
         on_one_thread([str(HERE.parent / "train.py"), *words])
     words = ["--judge", str(args.judge), "--prompts", str(args.prompts), "--cache", str(args.out / "before")]
     on_one_thread([str(HERE / "final.py"), str(folder), *words])

@@ -137,7 +137,7 @@ class HeldOut:
         return Evaluation(metrics, [self._as_told(row) for row in rows])
 
     def _chats(self, rows: list[dict[str, Any]]) -> list[dict[str, str | None]]:
-        """The column `chat`, what a judge is shown as JSON, where some prompts are chats of several turns; else none."""
+        """The column `chat`: what a judge is shown, as JSON, where some prompts are chats of several turns."""
         chats = list(self.prompts.chats)
         if all(isinstance(chat, str) for chat in chats):
             return [{}] * len(rows)
