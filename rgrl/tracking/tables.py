@@ -39,9 +39,13 @@ class Tables:
 def _array(values: list[Any]) -> Any:
     """A column of a table; as text where Parquet has no type for its values, such as lists of several kinds."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        return pa.array(values)
+        array = pa.array(values)
+        if pa.types.is_nested(array.type):  # of nested types Parquet lacks some, such as a mapping of nothing
+            pq.write_table(pa.table({"column": array}), pa.BufferOutputStream())
+        return array
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return pa.array([None if value is None else as_text(value) for value in values])
 
