@@ -26,7 +26,7 @@ from rgrl.errors import REQUEUE, RunStoppedError
 from rgrl.header import processes, short
 from rgrl.tracking import read_metrics, report
 
-COMMANDS = ["train", "sample", "evaluate", "report", "judge", "export", "presets", "schema", "doctor"]
+COMMANDS = ["train", "sample", "evaluate", "data", "report", "judge", "export", "presets", "schema", "doctor"]
 HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets", "wandb")
 
 
