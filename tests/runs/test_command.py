@@ -83,7 +83,7 @@ def test_help_lists_the_commands_and_every_setting(call):
     for name in COMMANDS:
         printed, _ = call(name, "--help")
         assert printed.startswith(f"usage: rgrl {name}")
-        assert ("--optim.max_grad_norm" in printed) == (name in ("train", "sample", "evaluate"))
+        assert ("--optim.max_grad_norm" in printed) == (name in ("train", "sample", "evaluate", "data"))
     assert call("--version") == (f"rgrl {rgrl.__version__}\n", "")
     assert call(code=2) == ("", out)
 
@@ -98,6 +98,7 @@ def test_help_lists_the_commands_and_every_setting(call):
         (["sample", "--config"], ["--config needs a file"]),
         (["train", "--config", "--run.steps", "1"], ["--config needs a file"]),
         (["train", "--config=/no/such.yaml"], ["/no/such.yaml", "no such file"]),
+        (["data", "--config", "a.yaml", "--first", "-1"], ["--first", "a whole number from 0, not '-1'"]),
         (["report"], ["RUN"]),
         (["report", "a", "b"], ["unrecognized arguments: b"]),
         (["judge", "a"], ["required: --judge"]),
