@@ -439,7 +439,14 @@ def test_a_wheel_needs_no_clone(tiny, tmp_path):
     (tmp_path / "mine").mkdir()
     config = settings_elsewhere(tiny, tmp_path / "mine")
     env = ENV | {"PYTHONPATH": str(site)}
-    for words in (["--help"], ["schema"], ["train", "--config", config.name], ["report", "runs/mine"], ["doctor"]):
+    for words in (
+        ["--help"],
+        ["schema"],
+        ["presets", "gsm8k"],
+        ["train", "--config", config.name],
+        ["report", "runs/mine"],
+        ["doctor"],
+    ):
         command = [site / "bin" / "rgrl", *words]
         done = subprocess.run(command, cwd=config.parent, env=env, capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
