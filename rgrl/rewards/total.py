@@ -152,8 +152,11 @@ def load_functions(config: RewardConfig) -> Rewards:
     c, rewards = config, Rewards(None, {}, {config.name: config.weight}, config.time_limit, config.on_error)
     parts = {key: part if isinstance(part, PartConfig) else PartConfig(part) for key, part in c.functions.items()}
     names = {key: name_of(key, part) for key, part in parts.items()}
-    if len({*names.values(), c.name}) <= len(names):
-        raise ConfigError("`reward.functions`: two rewards have the same name; rename one")
+    taken = Counter([*names.values(), c.name])
+    if twice := [name for name, times in taken.items() if times > 1]:
+        raise ConfigError(
+            f"`reward.functions`: two rewards are called {twice[0]!r} (`reward.name` is one): give one another `name`"
+        )
     if odd := [name for name in c.settings if name not in names.values()]:
         known = ", ".join(names.values()) or "none"
         raise ConfigError(
@@ -162,8 +165,8 @@ def load_functions(config: RewardConfig) -> Rewards:
     for key, part in parts.items():
         path, name = part.function or key, names[key]
         settings = c.settings.get(name, {}) | part.settings
-        if twice := sorted(c.settings.get(name, {}).keys() & part.settings.keys()):
-            raise ConfigError(f"reward {name!r}: its setting {twice[0]!r} is also in `reward.settings`; keep one")
+        if both := sorted(c.settings.get(name, {}).keys() & part.settings.keys()):
+            raise ConfigError(f"reward {name!r}: its setting {both[0]!r} is also in `reward.settings`; keep one")
         rewards.weights[name] = part.weight
         if part.time_limit is not None:
             rewards.limits[name] = part.time_limit
