@@ -97,7 +97,7 @@ def start_ranks(count: int, script: Path, *words: str | Path, **more: str) -> li
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What the process printed; it must end with `code`."""
     try:
-        out, err = process.communicate(timeout=170)
+        out, err = process.communicate(timeout=500)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it launched
         raise

@@ -145,7 +145,7 @@ def cluster(tmp_path) -> dict[str, str]:
 
 def submit(environ: dict[str, str], *words: str, code: int = 0) -> str:
     done = subprocess.run(
-        ["bash", "launch/slurm.sh", *words], cwd=REPO, env=environ, capture_output=True, text=True, timeout=170
+        ["bash", "launch/slurm.sh", *words], cwd=REPO, env=environ, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == code, done.stderr[-3000:]
     return done.stdout + done.stderr
