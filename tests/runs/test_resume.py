@@ -72,7 +72,7 @@ def test_launched_pair_goes_on_after_one_rank_died(tiny, tmp_path):
     tiny["lora"]["dropout"] = 0.1
     config, whole, broken = write(tiny, tmp_path), tmp_path / "whole", tmp_path / "broken"
     printed = finish(start(TRAIN, "--config", config, "--run.output_dir", whole, processes=2))
-    assert printed.count("eval/reward") == 1, "only the main process reports"
+    assert printed.count("unguided, held-out prompts") == 1, "only the main process reports"
     # Two calls for the evaluation at step 0 (guided too) and one for each step: the sixth is in step 4.
     finish(start(TRAIN, "--config", config, "--run.output_dir", broken, processes=2, DIE_AT="1:6"), 1)
     assert saved(broken) == ["step_000002"]
