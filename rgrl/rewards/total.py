@@ -154,9 +154,7 @@ def load_functions(config: RewardConfig) -> Rewards:
     names = {key: name_of(key, part) for key, part in parts.items()}
     taken = Counter([*names.values(), c.name])
     if twice := [name for name, times in taken.items() if times > 1]:
-        raise ConfigError(
-            f"`reward.functions`: two rewards are called {twice[0]!r} (`reward.name` is one): give one another `name`"
-        )
+        raise ConfigError(f"`reward.functions`: two rewards have the same name {twice[0]!r}: give one another `name`")
     if odd := [name for name in c.settings if name not in names.values()]:
         known = ", ".join(names.values()) or "none"
         raise ConfigError(

@@ -169,7 +169,7 @@ SETTINGS = [
     ({"functions": {":f": 1.0}}, ["':f'", "package.module:attribute"]),
     ({"functions": {"own:": 1.0}}, ["'own:'", "package.module:attribute"]),
     ({"functions": {"..own:f": 1.0}}, ["'..own:f'", "imported"]),
-    ({"functions": {"own:f": 1.0, "own.py:f": 1.0}}, ["two rewards are called 'f'", "another `name`"]),
+    ({"functions": {"own:f": 1.0, "own.py:f": 1.0}}, ["the same name 'f'", "another `name`"]),
     ({"functions": {"random:nonesuch": 1.0}}, ["nonesuch", "random.py"]),
 ]
 

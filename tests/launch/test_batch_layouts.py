@@ -160,7 +160,8 @@ def assert_divided_step(ranks: list[tuple[dict, dict]], whole: tuple[dict, dict]
         assert_same_step(left, told, whole, slice(size * rank, size * (rank + 1)))
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_two_processes_make_the_step_of_one(reviews, whole, tmp_path, accumulation):
     config = changed(reviews, run={"prompts_per_device": 2, "gradient_accumulation_steps": accumulation})
     ranks = launch(config, tmp_path, *launch_file("cpu"))
