@@ -47,13 +47,19 @@ def _frames(config: Config) -> dict[str, tuple[Frame, int]]:
     c, found = config, dict[str, tuple[Frame, int]]()
     if c.reward.path is not None:
         found["reward"] = load_frame(c.reward.path, c.reward.name, c.reward.max_length, c.reward.revision)
-    if c.guidance.path is not None and c.guidance.kind != "none":
+    if c.guidance.path is not None and _guides(c):
         found["guide"] = load_frame(c.guidance.path, "guide", c.reward.max_length, c.guidance.revision)
     if c.judge.path is not None:
         found["judge"] = load_frame(c.judge.path, "judge", c.judge.max_length, c.judge.revision)
     for frame, _ in found.values():
         frame.make_room(c.rollout.max_completion_length)
     return found
+
+
+def _guides(config: Config) -> bool:
+    """Whether the guide steers rollouts, or gives the update its gradient."""
+    g = config.gradient
+    return config.guidance.kind != "none" or (g.weight > 0 and g.of == "guide")
 
 
 def _summary(name: str, prompts: PromptSet, reader: Reader) -> str:
@@ -80,9 +86,8 @@ def _summary(name: str, prompts: PromptSet, reader: Reader) -> str:
 
 def _coverage(config: Config, reader: Reader, frames: dict[str, tuple[Frame, int]]) -> Iterator[str]:
     """How the guide is shown the policy's tokens, where there is one."""
-    guides = config.guidance.kind != "none" or config.gradient.weight > 0
     use = "guide" if "guide" in frames else "reward"
-    if not guides or use not in frames:
+    if not (_guides(config) or config.gradient.weight > 0) or use not in frames:
         return
     frame, size = frames[use]
     ends = {*reader.end_ids, reader.eos_id}

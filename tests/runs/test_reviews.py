@@ -6,6 +6,7 @@ import sys
 import pytest
 from checkpoints import REPO
 
+from rgrl.config import load_config
 from rgrl.rewards import load_classifier
 from rgrl.types import Prompts
 
@@ -13,7 +14,9 @@ REVIEWS = REPO / "recipes" / "reviews"
 sys.path.append(str(REVIEWS))
 
 import ridge  # noqa: E402
+import sparse  # noqa: E402
 import strong_judge  # noqa: E402
+import variants  # noqa: E402
 
 PRAISE = ("the acting in this film", " is superb, and its story is moving and wonderfully told.")
 BLAME = ("the acting in this film", " is awful, and its story is a dull, lifeless mess.")
@@ -71,3 +74,24 @@ def test_the_strong_judge_scores_as_the_adapter_on_its_encoder_does(tmp_path):
     (out / strong_judge.STAMP).write_text("another")
     with pytest.raises(SystemExit, match="made of another adapter"):
         strong_judge.assemble(encoder, REVIEWS / "strong_judge", out)
+
+
+@pytest.mark.parametrize("name", sorted({name for each in variants.SETS.values() for name in each}))
+def test_settings_of_every_variant_are_understood(name):
+    [(recipe, overrides), *_] = [each[name] for each in variants.SETS.values() if name in each]
+    load_config(REVIEWS / f"{recipe}.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        (" is a brilliant, moving piece of work that stays with you", True),
+        (" is a brilliant piece of work that stays with you", False),
+        (" is a brilliant, moving mess of a film that stays with you", False),
+        (" is brilliant, moving work and work that stays with you", False),
+        (" is brilliant and moving", False),
+        ("", False),
+    ],
+)
+def test_the_sparse_reward_wants_praise_alone_without_repetition_and_of_some_length(text, passes):
+    assert sparse.praised(["the film"], [text], [{}]) == [float(passes)]
