@@ -16,6 +16,7 @@ from rgrl.config import Config, GuidanceConfig, JudgeConfig, LoraConfig, ModelCo
 from rgrl.console import warn
 from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit, load_data
 from rgrl.data.lengths import check_shapes
+from rgrl.data.said import empty_prompt
 from rgrl.errors import ConfigError
 from rgrl.evaluation import Evaluator, noise_of, sampler
 from rgrl.evaluation.held_out import HeldOut
@@ -34,7 +35,7 @@ from rgrl.rollout.guidance import Guide, guidance_at
 from rgrl.rollout.sampling import sampled_logp
 from rgrl.runtime.launch import shard_size
 from rgrl.seeds import generator, seed_globals
-from rgrl.types import Prompt, Prompts, Rollout, SomePrompts
+from rgrl.types import Prompts, Rollout, SomePrompts
 
 
 @dataclass
@@ -254,9 +255,7 @@ def make_room(model: ClassifierReward, config: Config, data: Sequence[PromptSet 
     for prompts in data:
         if prompts is not None:
             check_shapes(prompts, model.frame.check_shape)
-    system = config.data.system
-    empty: Prompt = "" if system is None else [{"role": "system", "content": system}, {"role": "user", "content": ""}]
-    model.frame.make_room(config.rollout.max_completion_length, empty)
+    model.frame.make_room(config.rollout.max_completion_length, empty_prompt(config.data))
 
 
 def resolve_readouts(config: Config, algorithm: Algorithm) -> dict[str, Readout]:

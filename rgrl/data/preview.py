@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from rgrl.config import Config
 from rgrl.data.lengths import check_shapes, fit
 from rgrl.data.prompts import PromptSet, load_data
+from rgrl.data.said import empty_prompt
 from rgrl.models.load import load_reader
 from rgrl.models.reader import Reader
 from rgrl.models.text import token_ids
@@ -52,7 +53,7 @@ def _frames(config: Config) -> dict[str, tuple[Frame, int]]:
     if c.judge.path is not None:
         found["judge"] = load_frame(c.judge.path, "judge", c.judge.max_length, c.judge.revision)
     for frame, _ in found.values():
-        frame.make_room(c.rollout.max_completion_length)
+        frame.make_room(c.rollout.max_completion_length, empty_prompt(c.data))
     return found
 
 

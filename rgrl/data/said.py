@@ -30,6 +30,13 @@ def prompt_of(row: Row, config: DataConfig) -> Prompt | Bad:
     return [{"role": "system", "content": config.system}, {"role": "user", "content": prompt}]
 
 
+def empty_prompt(config: DataConfig) -> Prompt:
+    """A prompt without text, with what `data.system` puts before every one: the least that a model is shown."""
+    if config.system is None:
+        return ""
+    return [{"role": "system", "content": config.system}, {"role": "user", "content": ""}]
+
+
 def _text(value: Any) -> str | Bad:
     if not isinstance(value, str):
         return Bad("has no prompt text" + ("" if value is None else f" (its prompt is {_kind(value)})"))
