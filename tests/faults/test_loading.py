@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import published
 import pytest
 import torch
 from checkpoints import TOKENIZER, write_dream, write_llada, write_reward
@@ -199,62 +200,17 @@ def test_a_checkpoints_adapter_that_does_not_fit_is_refused(spoil, words, with_l
 
 
 # ---------------------------------------------------------------------------------------------- policies: configs
-# As published: GSAI-ML/LLaDA-8B-Instruct and Dream-org/Dream-v0-Instruct-7B, with the sizes of the tiny models.
-PUBLISHED_LLADA = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "embedding_dropout": 0.0,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mlp_ratio": 4,
-    "multi_query_attention": None,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-}
-PUBLISHED_DREAM = {
-    "attention_dropout": 0.0,
-    "bos_token_id": 4092,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_window_layers": 28,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.2",
-    "use_cache": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-}
+def settings(hub_id: str) -> dict:
+    """Of the published config.json all that is no size, so that a tiny model can take it."""
+    return {key: value for key, value in published.POLICIES[hub_id].items() if key not in published.SIZES}
 
 
 def test_the_published_configs_are_understood(tmp_path):
-    assert load_policy(write_dream(tmp_path / "d", **PUBLISHED_DREAM)).causal_lm.config.rope_parameters == {
+    assert load_policy(write_dream(tmp_path / "d", **settings(published.DREAM))).causal_lm.config.rope_parameters == {
         "rope_type": "default",
         "rope_theta": 1000000.0,
     }
-    assert load_policy(write_llada(tmp_path / "l", **PUBLISHED_LLADA)).causal_lm.config.rope_parameters == {
+    assert load_policy(write_llada(tmp_path / "l", **settings(published.LLADA))).causal_lm.config.rope_parameters == {
         "rope_type": "default",
         "rope_theta": 500000.0,
     }

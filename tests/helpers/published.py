@@ -114,6 +114,12 @@ POLICIES: dict[str, dict] = {
         "model_type": "a2d-qwen3",
     },
 }
+# What a tiny checkpoint of the same format has its own of.
+SIZES = set(
+    "architectures auto_map bos_token_id eos_token_id mask_token_id pad_token_id vocab_size embedding_size "
+    "d_model hidden_size mlp_hidden_size intermediate_size n_layers num_hidden_layers n_heads num_attention_heads "
+    "n_kv_heads num_key_value_heads max_sequence_length max_position_embeddings".split()
+)
 REWARDS: dict[str, dict] = {SKYWORK_06: _QWEN3_06, SKYWORK_17: _QWEN3_17}
 
 # Trained and all weights, in millions: from the families' papers and cards, and by hand from the shapes above.
