@@ -54,6 +54,18 @@ GRADIENT = changed(
         "--objective.iterations 1 --guidance.kind none --rollout.block_cache false",
     },
 )
+# The reward's gradient beside a comparison within groups that are half guided (guided.yaml).
+TERM = "--gradient.states late --gradient.weight"
+GUIDED = changed(
+    "--guidance.kind entrgi --guidance.share 0.5 --objective.name grpo --objective.iterations 4 --objective.beta 0.1",
+    {
+        "half guided": "",
+        "half guided + gradient": f"{TERM} 1 --gradient.kl 3 --objective.beta 0",
+        "half guided + half gradient": f"{TERM} 0.5 --gradient.kl 3 --objective.beta 0",
+        "half guided, full KL": "--objective.kl full",
+        "half guided, falling rate": "--optim.schedule linear --optim.learning_rate 6e-4",
+    },
+)
 # What led to reinforce.yaml, when it was the default.
 PLAIN = (
     "--objective.name reinforce --objective.estimator one_step --objective.iterations 1 --objective.correction none "
@@ -100,4 +112,4 @@ SPARSE: Variants = {
         "--gradient.weight 1 --gradient.of guide --gradient.kl 2 --gradient.states late".split(),
     ),
 }
-SETS = {"main": MAIN, "gradient": MAIN | GRADIENT, "ablation": ABLATION, "bridge": BRIDGE, "sparse": SPARSE}
+SETS = {"main": MAIN, "gradient": MAIN | GRADIENT | GUIDED, "ablation": ABLATION, "bridge": BRIDGE, "sparse": SPARSE}
