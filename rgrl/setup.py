@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rgrl.algo import Algorithm, resolve_algorithm
 from rgrl.algo.reward_gradient import surprise
 from rgrl.checkpoint import code_commit, other_base, start_fingerprint
-from rgrl.config import Config, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
+from rgrl.config import Config, DataConfig, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
 from rgrl.console import warn
 from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit, load_data
 from rgrl.data.lengths import check_shapes
@@ -132,6 +132,7 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
                 "write a turn of its own; read some samples"
             )
     config = resolved(config, policy, rewards, guide, judge)
+    config = replace(config, data=pinned(config.data, prompts, evaluation))
     add_lora(policy, config.lora, config.run.seed).eval()
     begun = {} if start is None else begin_with(start, policy, config.lora, accelerator)
     if size > 1:
@@ -226,6 +227,14 @@ def resolved(
         guidance=replace(g, revision=pin(g.path, g.revision, guide_model)),
         judge=replace(j, revision=pin(j.path, j.revision, judge)),
     )
+
+
+def pinned(data: DataConfig, training: PromptSet, evaluation: PromptSet | None) -> DataConfig:
+    """The settings with the commits that were read of data sets of the Hub; what is evaluated on none stays open."""
+    commits = {"revision": training.data.commit}
+    if evaluation is not None and data.eval_path is not None:
+        commits["eval_revision"] = evaluation.data.commit
+    return replace(data, **{name: commit for name, commit in commits.items() if commit is not None})
 
 
 def take_fingerprints(

@@ -106,9 +106,10 @@ class DataConfig:
     subset: Maybe[Text] = None
     """Configuration of a Hub data set, such as `main` of `openai/gsm8k`. None: the only one."""
     split: Text = "train"
-    """Split of a Hub or saved data set; of `eval_path` too, where `eval_split` is not set."""
+    """Split of a Hub or saved data set; of `eval_path` too, where `eval_split` is not set. A file has none."""
     revision: Maybe[Revision] = None
-    """Branch, tag or commit of a data set of the Hub. None: its main branch."""
+    """Branch, tag or commit of a data set of the Hub. None: its main branch. The run's `config.yaml` names the commit
+    that was read."""
     eval_path: Maybe[PathText] = None
     """Evaluation prompts, same forms. None: those of `eval_split` or `eval_fraction`; without these no evaluation."""
     eval_subset: Maybe[Text] = None

@@ -76,7 +76,7 @@ def _summary(name: str, prompts: PromptSet, reader: Reader) -> str:
     left_out = prompts.tally.words()
     return "\n".join(
         [
-            f"{name} data: {prompts.source}",
+            f"{name} data: {prompts.source}{f' at commit {prompts.data.commit}' if prompts.data.commit else ''}",
             f"  {prompts.tally.rows:,} rows, {len(prompts):,} prompts{f'; {left_out}' if left_out else ''}",
             f"  columns: {', '.join(prompts.columns)}",
             f"  policy tokens{of}: median {half:.0f}, 95 % {most:.0f}, longest {max(lengths)}, limit "

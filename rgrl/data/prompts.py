@@ -144,7 +144,7 @@ def load_data(config: DataConfig, evaluates: bool = True) -> tuple[PromptSet, Pr
                     f"{training.source}: `data.eval_fraction` {c.eval_fraction} of {len(hash_P)} prompts leaves none "
                     f"to {what}"
                 )
-    elif (source := _evaluation_source(c)) is not None and (evaluates or c.deduplicate):
+    elif (source := _evaluation_source(c, training.data.commit)) is not None and (evaluates or c.deduplicate):
         evaluation, eval_hash_P = _scan(source, c)
         if c.deduplicate:
             used_P = np.isin(hash_P, eval_hash_P)
@@ -162,13 +162,17 @@ def load_prompts(path: str, config: DataConfig) -> PromptSet:
 def _training_source(c: DataConfig) -> Source:
     if c.generate is not None:
         return Source(f"data.generate {c.generate}")
-    return Source(c.path, c.split, c.subset, c.revision, most=c.max_rows)
+    return Source(c.path, c.split, c.subset, c.revision, most=c.max_rows, chosen=c.split != "train")
 
 
-def _evaluation_source(c: DataConfig) -> Source | None:
+def _evaluation_source(c: DataConfig, commit: str | None) -> Source | None:
+    """Where evaluation prompts are; another split of the training data is read at the same `commit`."""
     if c.eval_path is not None:
-        return Source(c.eval_path, c.eval_split or c.split, c.eval_subset, c.eval_revision, "eval_")
-    return Source(c.path, c.eval_split, c.subset, c.revision, "eval_") if c.eval_split is not None else None
+        split, chosen = c.eval_split or c.split, c.eval_split is not None
+        return Source(c.eval_path, split, c.eval_subset, c.eval_revision, "eval_", chosen=chosen)
+    if c.eval_split is None:
+        return None
+    return Source(c.path, c.eval_split, c.subset, commit or c.revision, "eval_", chosen=True)
 
 
 def _rows(source: Source, config: DataConfig) -> Rows:

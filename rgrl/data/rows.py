@@ -34,7 +34,10 @@ Row = dict[str, Any]
 
 
 class Rows(Protocol):
-    """N rows by number."""
+    """N rows by number. `commit`: that of the Hub, where they are from there."""
+
+    @property
+    def commit(self) -> str | None: ...
 
     def __len__(self) -> int: ...
 
@@ -65,6 +68,8 @@ def _deeper(value: Any, levels: int) -> bool:
 class ListRows:
     """Rows in memory."""
 
+    commit = None
+
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
 
@@ -86,6 +91,8 @@ class LineRows:
     A small file is kept whole. Of a large one each line has a checksum: `read` raises `ConfigError` where the file was
     changed. So does the constructor for a file that cannot be read.
     """
+
+    commit = None
 
     def __init__(self, path: str, most: int | None = None) -> None:
         self.path, self.plain = path, path.endswith(".txt")
@@ -185,8 +192,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 class TableRows:
     """Rows of a `datasets.Dataset`, which are memory-mapped Arrow."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, commit: str | None = None) -> None:
+        self.table, self.commit = table, commit
 
     def __len__(self) -> int:
         return len(self.table)

@@ -57,8 +57,11 @@ def _kind(value: Any) -> str:
 def _of_messages(value: list[Any], first_user: bool) -> Prompt | Bad:
     """The turns up to the user's last one, or the text of the user's first."""
     if first_user:
-        turns = [turn for turn in map(_turn, value) if not isinstance(turn, Bad)]
-        return _text(next((turn["content"] for turn in turns if turn["role"] == "user"), None))
+        first = next((number for number, message in enumerate(value) if _role(message) == "user"), None)
+        if first is None:
+            return _text(None)
+        said = _turn(value[first])  # one that is no text must not make the next one the first
+        return Bad(f"has no prompt text: message {first} {said.why}") if isinstance(said, Bad) else _text(said["content"])
     chat: Chat = []
     for number, message in enumerate(value):
         turn = _turn(message)
@@ -77,13 +80,17 @@ def _of_messages(value: list[Any], first_user: bool) -> Prompt | Bad:
     return chat[0]["content"] if len(chat) == 1 else chat
 
 
+def _role(message: Any) -> Any:
+    """Who speaks in a message, by one of `ROLES` where that is known."""
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return _NAMES.get(role, role) if isinstance(role, str) else role
+
+
 def _turn(message: Any) -> dict[str, str] | Bad:
     """A message's role and text, in either of the two ways that data sets write them."""
     if not isinstance(message, dict):
         return Bad(f"is {_kind(message)}, not one with `role` and `content`")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    role = _NAMES.get(role, role) if isinstance(role, str) else role
+    role, content = _role(message), message.get("content", message.get("value"))
     if role not in ROLES:
         return Bad(f"has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
     if isinstance(content, list):  # of parts

@@ -1,5 +1,6 @@
 """Open the rows of files, folders and data sets of the Hub. Reading only: what is made of them is in `prompts.py`."""
 
+import csv
 import glob
 import json
 import os
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from rgrl.data.rows import LineRows, ListRows, Rows, TableRows
 from rgrl.errors import ConfigError
 
 _FILES = ("json", "csv", "parquet")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `save_to_disk` leaves
 
 
@@ -26,6 +30,7 @@ class Source:
     revision: str | None = None
     eval_: str = ""
     most: int | None = None  # rows that are read at most; None: all
+    chosen: bool = False  # whether the settings name the split, and mean it
 
     def __str__(self) -> str:
         return self.path
@@ -42,23 +47,31 @@ def open_rows(source: Source) -> Rows:
             )
         if source.subset is not None:
             raise ConfigError(f"data {path} is a file, which has no subset ({source.subset}): set it to null")
+        if source.chosen:
+            raise ConfigError(_no_splits(source, "is a file, which has no splits"))
     if file.suffix in (".txt", ".jsonl"):
         if not file.is_file():
             raise ConfigError(f"data file {path}: no such file")
         return LineRows(path, source.most)
     if file.suffix.removeprefix(".") in _FILES and not file.is_file():
         raise ConfigError(f"data file {path}: no such file")
-    return _first(_read_data_set(source), source.most)
-
-
-def _first(table: Any, most: int | None) -> Rows:
+    table, commit = _read_data_set(source)
     if isinstance(table, list):
         return ListRows(table)
-    return TableRows(table if most is None or most >= len(table) else table.select(range(most)))
+    # A saved data set may say that its columns are to be given as arrays, or only some of them.
+    table = table.with_format(None)
+    first = table if source.most is None or source.most >= len(table) else table.select(range(source.most))
+    return TableRows(first, commit)
 
 
-def _read_data_set(source: Source) -> Any:
-    """What the `datasets` library makes of a file, folder or Hub id; [] for an empty file.
+def _no_splits(source: Source, why: str) -> str:
+    """The message where a split is named of what has none: the same rows would be trained and evaluated on."""
+    remedy = "set it to null; `data.eval_fraction` holds rows out" if source.eval_ else "leave it out"
+    return f"data {source.path} {why} (`data.{source.eval_}split` is {source.split!r}): {remedy}"
+
+
+def _read_data_set(source: Source) -> tuple[Any, str | None]:
+    """What the `datasets` library makes of a file, folder or Hub id, [] for an empty file; and its commit of the Hub.
 
     What it raises has no common class: it depends on the format, and on what reads that.
     """
@@ -74,14 +87,16 @@ def _read_data_set(source: Source) -> Any:
         try:
             if kind == "json" and (odd := _broken_text(file.read_bytes())) is not None:
                 raise ConfigError(f"{path}: row {odd} holds half a surrogate pair, which is no text")
-            return _read_file(file, kind) if file.stat().st_size else []
+            if kind == "csv" and (ragged := _ragged(file)) is not None:
+                raise ConfigError(f"data file {path}: {ragged}")
+            return (_read_file(file, kind) if file.stat().st_size else []), None
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(f"data file {path} cannot be read as {kind}: {_reason(error)}") from error
     if file.is_dir():
         saved = any((file / name).is_file() for name in _SAVED)
-        return _read_saved(source) if saved else _read_repository(source, f"data folder {path} cannot be read")
+        return (_read_saved(source), None) if saved else _read_repository(source, f"data folder {path} cannot be read")
     if path.startswith((".", "/")) or path.count("/") > 1:
         raise ConfigError(f"data {path}: no such file or folder")
     return _read_repository(source, f"data {path}: neither a file nor found on the Hub")
@@ -99,14 +114,20 @@ def _read_saved(source: Source) -> Any:
         saved = datasets.load_from_disk(os.path.abspath(path))
     except Exception as error:
         raise ConfigError(f"data folder {path} cannot be read as a saved data set: {_reason(error)}") from error
-    found = saved if isinstance(saved, datasets.DatasetDict) else {source.split: saved}
-    if source.split not in found:
-        raise ConfigError(f"data folder {path} has no split {source.split!r}; it has {', '.join(found)}")
-    return found[source.split]
+    if not isinstance(saved, datasets.DatasetDict):
+        if source.chosen and str(saved.split) != source.split:
+            raise ConfigError(_no_splits(source, "is a folder of a single split"))
+        return saved
+    if source.split not in saved:
+        raise ConfigError(f"data folder {path} has no split {source.split!r}; it has {', '.join(saved)}")
+    return saved[source.split]
 
 
-def _read_repository(source: Source, otherwise: str) -> Any:
-    """One split of a data set of the Hub, or of a folder laid out like one. `otherwise` begins other errors."""
+def _read_repository(source: Source, otherwise: str) -> tuple[Any, str | None]:
+    """One split of a data set of the Hub, with its commit, or of a folder laid out like one.
+
+    `otherwise` begins other errors.
+    """
     import datasets
 
     path, subset, split = source.path, source.subset, source.split
@@ -117,11 +138,34 @@ def _read_repository(source: Source, otherwise: str) -> Any:
         )
     where = os.path.abspath(path) if local else path
     try:
-        return datasets.load_dataset(where, subset, split=split, revision=source.revision)
+        builder = datasets.load_dataset_builder(where, subset, revision=source.revision)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=split)
     except Exception as error:
         pinned = "" if source.revision is None else f" at revision {source.revision}"
         problem = _choice(source, error) or f"{otherwise}{pinned}: {_reason(error)} ({type(error).__name__})"
         raise ConfigError(problem) from error
+    # A data set of the Hub is kept by its commit.
+    commit = str(builder.hash) if not local and _COMMIT.fullmatch(str(builder.hash)) else None
+    if source.revision is not None and type(builder).__module__.startswith("datasets.packaged_modules.cache"):
+        _check_cached(source, commit)
+    return table, commit
+
+
+def _check_cached(source: Source, commit: str | None) -> None:
+    """Refuse another commit than the revision asked for. Raises `ConfigError`.
+
+    Where the Hub cannot be reached, `datasets` takes the newest that it has kept, whatever the revision.
+    """
+    asked = str(source.revision)
+    if not _COMMIT.fullmatch(asked):
+        card = try_to_load_from_cache(source.path, "README.md", revision=asked, repo_type="dataset")
+        asked = Path(card).parent.name if isinstance(card, str) else ""
+    if asked != commit:
+        raise ConfigError(
+            f"data {source.path}: the Hub cannot be reached for revision {source.revision}, and what is kept here is "
+            f"{f'commit {commit}' if commit else 'of no known commit'}"
+        )
 
 
 def _choice(source: Source, error: Exception) -> str | None:
@@ -145,14 +189,39 @@ def _read_file(file: Path, kind: str) -> Any:
     import datasets
 
     path = str(file.absolute())
+    # Of a CSV only an empty cell is nothing: NA, null and None are texts.
+    own: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
     if not (glob.has_magic(path) or ":" in path):
-        return datasets.load_dataset(kind, data_files=path, split="train")
+        return datasets.load_dataset(kind, data_files=path, split="train", **own)
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, f"data.{kind}")
         plain.symlink_to(path)
         # In memory, as the folder does not stay.
         cache = f"{folder}/cache"
-        return datasets.load_dataset(kind, data_files=str(plain), split="train", cache_dir=cache, keep_in_memory=True)
+        return datasets.load_dataset(
+            kind, data_files=str(plain), split="train", cache_dir=cache, keep_in_memory=True, **own
+        )
+
+
+def _ragged(file: Path) -> str | None:
+    """What is wrong where a row of a CSV has more fields than its header, None where none has.
+
+    pandas would take the first fields for names of rows, and read the others one column further left.
+    """
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+            reader = csv.reader(lines)
+            width = len(next(reader, []))
+            for row in reader:
+                if len(row) > width:
+                    return (
+                        f"line {reader.line_num} has {len(row)} fields, and the first line {width}; a text with a "
+                        "comma in it stands in quotes"
+                    )
+    finally:
+        csv.field_size_limit(before)
+    return None
 
 
 def _broken_text(content: bytes) -> int | None:

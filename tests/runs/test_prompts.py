@@ -113,6 +113,15 @@ def test_a_chat_that_is_none_is_a_bad_row(messages, words, tmp_path):
         prompts_of(tmp_path / "a.jsonl", {"m": CHAT}, {"m": messages}, column="m")
 
 
+def test_a_first_turn_that_is_no_text_does_not_make_the_second_the_first(tmp_path):
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this"}]}
+    later = [{"role": "assistant", "content": "a cat"}, {"role": "user", "content": "and its colour"}]
+    good = [{"role": "tool", "content": "x"}, {"role": "user", "content": "hello"}, *later]
+    settings = {"turns": "first_user", "max_bad": 0.5}
+    prompts = prompts_of(tmp_path / "a.jsonl", {"prompt": [picture, *later]}, {"prompt": good}, **settings)
+    assert prompts.texts == ["hello"] and "message 0 has parts that are not text" in prompts.tally.first_bad
+
+
 def test_messages_may_be_written_in_other_ways(tmp_path):
     sharegpt = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}, {"from": "human", "value": "how"}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]}]
@@ -362,6 +371,40 @@ def test_a_file_has_no_subset_and_no_revision(settings, tmp_path):
         (tmp_path / name).write_text("prompt\na\n")
         with pytest.raises(ConfigError, match=r"is a file, .*null"):
             load_prompts(str(tmp_path / name), DataConfig(**settings))
+
+
+def test_what_has_no_splits_is_never_evaluated_on_its_training_rows(tmp_path):
+    file = lines(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(saved)
+    for path, words in ((file, "is a file, which has no splits"), (str(saved), "is a folder of a single split")):
+        with pytest.raises(ConfigError, match=rf"{words} \(`data.eval_split` is 'test'\).*`data.eval_fraction`"):
+            load_data(DataConfig(path=path, eval_split="test"))
+        with pytest.raises(ConfigError, match=rf"{words} \(`data.split` is 'test'\)"):
+            load_data(DataConfig(path=path, split="test"))
+        assert load_data(DataConfig(path=path, eval_path=path))[1] is not None, "that is what the settings say"
+
+
+def test_a_saved_data_set_is_read_whole_whatever_it_is_formatted_as(tmp_path):
+    rows = [{"prompt": f"p{i}", "answer": i, "messages": [{"role": "user", "content": f"m{i}"}]} for i in range(3)]
+    for kind in ("torch", "numpy", "pandas", "arrow"):
+        datasets.Dataset.from_list(rows).with_format(kind, columns=["prompt"]).save_to_disk(tmp_path / kind)
+        assert load_prompts(str(tmp_path / kind), DataConfig()).rows == rows
+        assert load_prompts(str(tmp_path / kind), DataConfig(column="messages")).texts == ["m0", "m1", "m2"]
+
+
+def test_a_csv_is_read_as_it_is_written(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,answer\nNA,null\n"one, two",\nNone,nan\n')
+    assert load_prompts(str(path), DataConfig()).rows == [
+        {"prompt": "NA", "answer": "null"},
+        {"prompt": "one, two", "answer": None},
+        {"prompt": "None", "answer": "nan"},
+    ]
+    for text, line in (("one, two,3\nthree, four,5\n", 2), ("one,3\n\nthree, four,5\n", 4)):
+        path.write_text(f"prompt,answer\n{text}")
+        with pytest.raises(ConfigError, match=f"line {line} has 3 fields, and the first line 2"):
+            load_prompts(str(path), DataConfig())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Checkpoints of the Hub by revision, from a cache as the Hub's client lays it out; no network."""
 
+import json
 import shutil
 
+import datasets
 import huggingface_hub.constants
 import pytest
 import torch
@@ -9,7 +11,8 @@ import yaml
 from checkpoints import write_dream, write_reward
 from training import adapter, changed, go, untimed
 
-from rgrl.config import ConfigError, ModelConfig
+from rgrl.config import ConfigError, DataConfig, ModelConfig
+from rgrl.data import load_data
 from rgrl.hub import fetch_checkpoint
 from rgrl.models import load_policy
 from rgrl.rewards import load_classifier
@@ -32,6 +35,35 @@ def cache(tmp_path, monkeypatch):
             path = repo / "refs" / ref
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(commit)
+
+    return add
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """`add(name, commit, rows, ref)`: a data set as `datasets` keeps it, and what the Hub's client remembers of it."""
+    root, hub = tmp_path / "datasets", tmp_path / "hub"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(root))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def add(name, commit, rows, ref=None):
+        file = tmp_path / f"{commit}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = {"train": str(file), "test": str(file)}
+        made = datasets.load_dataset_builder("json", data_files=files, cache_dir=tmp_path / f"made_{commit}")
+        made.download_and_prepare()
+        place = root / name.replace("/", "___") / "default" / "0.0.0" / commit
+        shutil.copytree(made.cache_dir, place)
+        about = json.loads((place / "dataset_info.json").read_text())
+        (place / "dataset_info.json").write_text(json.dumps(about | {"config_name": "default"}))
+        for arrow in place.glob("json-*.arrow"):
+            arrow.rename(place / arrow.name.replace("json", name.partition("/")[2], 1))
+        if ref is not None:
+            repo = hub / f"datasets--{name.replace('/', '--')}"
+            (repo / "refs").mkdir(parents=True, exist_ok=True)
+            (repo / "refs" / ref).write_text(commit)
+            (repo / "snapshots" / commit).mkdir(parents=True)
+            (repo / "snapshots" / commit / "README.md").write_text("---\n---\n")
 
     return add
 
@@ -67,10 +99,29 @@ def test_what_cannot_be_pinned_is_one_line(models, tmp_path):
     assert fetch_checkpoint(str(folder), "x") == folder
 
 
-def test_every_model_of_a_run_is_pinned_as_it_was_loaded(models, cache, tiny, tmp_path):
-    """What a run wrote loads the same models later, when the branches and the tag are other commits."""
+def test_data_are_of_the_revision_asked_for_or_refused(cache, kept):
+    """Without the Hub, `datasets` takes the newest that it has kept, whatever the revision."""
+    kept("org/data", OLD, [{"prompt": "old"}], "v1.0")
+    only, _ = load_data(DataConfig(path="org/data", revision="v1.0"))
+    assert (only.texts, only.data.commit) == (["old"], OLD)
+    kept("org/data", NEW, [{"prompt": "new"}], "main")
+    for revision in (None, "main", NEW):
+        training, evaluation = load_data(DataConfig(path="org/data", revision=revision, eval_split="test"))
+        assert (training.texts, evaluation.texts) == (["new"], ["new"])
+        assert training.data.commit == evaluation.data.commit == NEW
+    for revision in ("v1.0", OLD, "v2"):
+        with pytest.raises(ConfigError, match=f"cannot be reached for revision {revision}, .* is commit {NEW}"):
+            load_data(DataConfig(path="org/data", revision=revision))
+
+
+def test_every_model_of_a_run_is_pinned_as_it_was_loaded(models, cache, kept, tiny, tmp_path):
+    """What a run wrote loads the same models and data later, when the branches and the tag are other commits."""
+    kept("org/data", OLD, [{"prompt": f"the plot of film {i}"} for i in range(4)])
+    kept("org/held_out", NEW, [{"prompt": "the plot of a film"}])
+    data = {"path": "org/data", "eval_path": "org/held_out"}
     config = changed(
         tiny,
+        data=data,
         model={"path": "org/policy", "revision": "v1.0"},
         reward={"path": "org/reward"},
         judge={"path": "org/judge", "revision": "release/a"},
@@ -80,6 +131,7 @@ def test_every_model_of_a_run_is_pinned_as_it_was_loaded(models, cache, tiny, tm
     written = yaml.safe_load((run / "config.yaml").read_text())
     commits = {"model": OLD, "reward": OLD, "judge": NEW, "guidance": NEW}
     assert {name: written[name]["revision"] for name in commits} == commits
+    assert (written["data"]["revision"], written["data"]["eval_revision"]) == (OLD, NEW)
     assert yaml.safe_load((run / "checkpoints" / "step_000001" / "config.yaml").read_text()) == written
     cache("org/policy", "a" * 40, write_dream(tmp_path / "other", seed=9), "v1.0")
     for name in ("org/reward", "org/judge"):
