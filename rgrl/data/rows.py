@@ -20,6 +20,10 @@ MOST_LEVELS = 100  # of lists and mappings in each other; copying and writing ro
 IN_MEMORY = 1 << 26  # bytes of a file of lines that is kept whole, so that nobody can change it any more
 _ENDS = re.compile(rb"\r\n|\r|\n")
 _decode = json.JSONDecoder().decode
+_skim = json.JSONDecoder(
+    parse_int=str, parse_float=str
+).raw_decode  # finds where a value ends, however long its numbers
+_SPACE = re.compile(r"[ \t\r\n]*")
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -86,9 +90,9 @@ class ListRows:
 
 
 class LineRows:
-    """The lines of a .jsonl or .txt file that are not blank, of which only the places are kept.
+    """The lines of a .jsonl or .txt file that are not blank, or the values of a .json; only their places are kept.
 
-    A small file is kept whole. Of a large one each line has a checksum: `read` raises `ConfigError` where the file was
+    A small file is kept whole. Of a large one each row has a checksum: `read` raises `ConfigError` where the file was
     changed. So does the constructor for a file that cannot be read.
     """
 
@@ -100,7 +104,7 @@ class LineRows:
         self.checksum, self.line = array("I"), array("q")
         try:
             self.file: BinaryIO = Path(path).open("rb")
-            for number, start, line in _lines(self.file):
+            for number, start, line in _values(self.file, path) if path.endswith(".json") else _lines(self.file):
                 if not (line > b"!" and line.isascii()) and not line.decode(errors="replace").strip():
                     continue
                 if most is not None and len(self.start) == most:
@@ -187,6 +191,47 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
                 number += 1
                 yield number, at + skip + begin, raw[begin:]
         at += whole
+
+
+def _values(file: BinaryIO, path: str) -> Iterator[tuple[int, int, bytes]]:
+    """(number of its line, first byte, content) of each value of a list in JSON, or of values one after another.
+
+    Each is decoded where it is read, so numbers and texts stay what they are. Raises `ConfigError` where it is no JSON.
+    """
+    try:
+        text = file.read().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data file {path} cannot be read as json: it is not UTF-8 (byte {error.start})") from error
+    at, line, byte, counted = _space(text, text.startswith("\ufeff")), 1, 0, 0
+    listed = text.startswith("[", at)
+    at = _space(text, at + listed)
+    while at < len(text) and not (listed and text[at] == "]"):
+        try:
+            end = _skim(text, at)[1]
+        except RecursionError as error:
+            raise ConfigError(f"data file {path} cannot be read as json: it is nested too deeply") from error
+        except ValueError as error:
+            raise ConfigError(f"data file {path} cannot be read as json: {error}") from error
+        line, byte, counted = line + text.count("\n", counted, at), byte + len(text[counted:at].encode()), at
+        yield line, byte, text[at:end].encode()
+        at = _space(text, end)
+        if listed and text.startswith(",", at):
+            at = _space(text, at + 1)
+        elif listed and not text.startswith("]", at):
+            break
+    if listed and not text.startswith("]", at):
+        raise ConfigError(
+            f"data file {path} cannot be read as json: no comma, and no end of the list, after line {line}"
+        )
+    if listed and _space(text, at + 1) < len(text):
+        raise ConfigError(f"data file {path} cannot be read as json: something follows its list")
+
+
+def _space(text: str, at: int) -> int:
+    """The place after any white space."""
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()
 
 
 class TableRows:

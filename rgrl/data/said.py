@@ -61,7 +61,9 @@ def _of_messages(value: list[Any], first_user: bool) -> Prompt | Bad:
         if first is None:
             return _text(None)
         said = _turn(value[first])  # one that is no text must not make the next one the first
-        return Bad(f"has no prompt text: message {first} {said.why}") if isinstance(said, Bad) else _text(said["content"])
+        return (
+            Bad(f"has no prompt text: message {first} {said.why}") if isinstance(said, Bad) else _text(said["content"])
+        )
     chat: Chat = []
     for number, message in enumerate(value):
         turn = _turn(message)

@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import json
 import os
 import re
 import tempfile
@@ -15,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from rgrl.data.rows import LineRows, ListRows, Rows, TableRows
 from rgrl.errors import ConfigError
 
-_FILES = ("json", "csv", "parquet")
+_LINES, _FILES = (".txt", ".jsonl", ".json"), ("csv", "parquet")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what `save_to_disk` leaves
 
@@ -39,7 +38,7 @@ class Source:
 def open_rows(source: Source) -> Rows:
     """The rows of a file, a folder or a data set of the Hub. Raises `ConfigError`."""
     path, file = source.path, Path(source.path)
-    if file.suffix in (".txt", ".jsonl") or file.is_file():
+    if file.suffix in _LINES or file.is_file():
         if source.revision is not None:
             raise ConfigError(
                 f"data {path} is a file, and only a data set of the Hub has a revision ({source.revision}): set the "
@@ -49,7 +48,7 @@ def open_rows(source: Source) -> Rows:
             raise ConfigError(f"data {path} is a file, which has no subset ({source.subset}): set it to null")
         if source.chosen:
             raise ConfigError(_no_splits(source, "is a file, which has no splits"))
-    if file.suffix in (".txt", ".jsonl"):
+    if file.suffix in _LINES:
         if not file.is_file():
             raise ConfigError(f"data file {path}: no such file")
         return LineRows(path, source.most)
@@ -85,8 +84,6 @@ def _read_data_set(source: Source) -> tuple[Any, str | None]:
         if kind not in _FILES:
             raise ConfigError(f"data file {path}: expected .jsonl, .json, .csv, .parquet or .txt")
         try:
-            if kind == "json" and (odd := _broken_text(file.read_bytes())) is not None:
-                raise ConfigError(f"{path}: row {odd} holds half a surrogate pair, which is no text")
             if kind == "csv" and (ragged := _ragged(file)) is not None:
                 raise ConfigError(f"data file {path}: {ragged}")
             return (_read_file(file, kind) if file.stat().st_size else []), None
@@ -182,7 +179,7 @@ def _choice(source: Source, error: Exception) -> str | None:
 
 
 def _read_file(file: Path, kind: str) -> Any:
-    """The rows of a .json, .csv or .parquet file, whatever its name and those of its folders are.
+    """The rows of a .csv or .parquet file, whatever its name and those of its folders are.
 
     `datasets` takes a name for a pattern, and might read other files; then it is shown the file under a plain name.
     """
@@ -222,27 +219,6 @@ def _ragged(file: Path) -> str | None:
     finally:
         csv.field_size_limit(before)
     return None
-
-
-def _broken_text(content: bytes) -> int | None:
-    """The first row of a JSON file that holds half a surrogate pair, which `datasets` drops in silence, or None."""
-    if not re.search(rb"\\u[dD][89a-fA-F]", content):
-        return None
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError):
-        rows = [_loaded(line) for line in content.splitlines()]
-    rows = rows if isinstance(rows, list) else [rows]
-    texts = (json.dumps(row, ensure_ascii=False) for row in rows)
-    return next((i for i, text in enumerate(texts) if text != text.encode(errors="ignore").decode()), None)
-
-
-def _loaded(line: bytes) -> Any:
-    """A line of JSON; None for one that is none, which the reader of the whole file will name."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _reason(error: Exception) -> str:

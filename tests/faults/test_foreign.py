@@ -211,7 +211,7 @@ DATA = [
     ("c.json", '[{"prompt": ' + "[" * 10**5 + "]" * 10**5 + "}]", ["c.json", "cannot be read"]),
     ("c.jsonl", '{"prompt": "a", "n": ' + "9" * 5000 + "}", ["line 1", "not JSON"]),
     ("d.json", "", ["d.json", "no rows"]),
-    ("e.json", "3", ["e.json", "cannot be read"]),
+    ("e.json", "3", ["e.json", "row 0 is not a JSON object (line 1)"]),
     ("f.json", b"\0\0\0", ["f.json", "cannot be read"]),
     ("g.json", '[{"prompt": "a"}]'.encode("utf-16"), ["g.json", "cannot be read"]),
     ("h.jsonl", '{"prompt": ["x", 3]}', ["row 0", "no prompt text"]),

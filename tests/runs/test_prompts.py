@@ -440,6 +440,37 @@ def test_rows_are_read_by_number_whatever_their_types(suffix, tmp_path):
     assert fingerprint(prompts) == fingerprint(Prompts([row["prompt"] for row in rows], rows))
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("listed", [True, False])
+def test_json_is_read_value_by_value_and_nothing_in_it_is_guessed(listed, indent, tmp_path):
+    rows = [
+        {"prompt": "2024-01-05", "answer": 2**53 + 1},
+        {"prompt": 'é"}] 😀', "answer": 1.5, "more": [{"a": 1}, {"b": None}]},
+        {"prompt": "last", "answer": 10**30},
+    ]
+    path, bad = tmp_path / "a.json", {"prompt": "x", "answer": "\ud800"}
+    texts = [json.dumps(row, ensure_ascii=row is bad, indent=indent) for row in (*rows[:2], bad, 7, *rows[2:])]
+    path.write_text(f"\ufeff[\n{','.join(texts)}\n]\n" if listed else "\n".join(texts), encoding="utf-8")
+    prompts = load_prompts(str(path), DataConfig(max_bad=0.5))
+    assert prompts.rows == rows and prompts.tally.bad == 2
+    assert "row 2 holds half a surrogate pair" in prompts.tally.first_bad
+    assert load_prompts(str(path), DataConfig(max_rows=2)).rows == rows[:2]
+
+
+def test_a_list_of_json_that_was_cut_off_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text, words in (
+        ('[{"prompt": "a"},\n', "no end of the list, after line 1"),
+        ('[{"prompt": "a"} {"prompt": "b"}]', "no comma"),
+        ('[{"prompt": "a"}] [{"prompt": "b"}]', "something follows its list"),
+        ('[\n{"prompt": "a"}, {"prompt"', "line 2"),
+        ('[{"prompt": ' + "[" * 10**5, "nested too deeply"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"cannot be read as json: .*{words}"):
+            load_prompts(str(path), DataConfig())
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_a_file_that_is_changed_in_a_run_is_never_misread(small, tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "IN_MEMORY", 1 << 26 if small else 0)
