@@ -148,6 +148,17 @@ def read_anything(value: Any) -> Any:
     raise ValueError("true or false, a number, text, null, or a list or mapping of these")
 
 
+def read_wanted(value: Any) -> Any:
+    """What a column must hold: as `read_anything`, without YAML's other words for true and false. `no` is Norwegian.
+
+    Raises `ValueError` with what was expected.
+    """
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, Plain) and one.lower() in _FLAGS and one.lower() not in ("true", "false"):
+            raise ValueError("true or false, or text in quotes")
+    return read_anything(value)
+
+
 def read_path(value: Any) -> str:
     """A path, or text that can be one on any file system. Raises `ValueError` with what was expected."""
     text = read_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -170,6 +181,7 @@ Number = Annotated[Infinite, AllowInfNan(False)]
 Flag = Annotated[bool, BeforeValidator(read_flag)]
 Text = Annotated[str, BeforeValidator(read_text)]
 Anything = Annotated[Any, BeforeValidator(read_anything)]
+Wanted = Annotated[Any, BeforeValidator(read_wanted)]
 PathText = Annotated[str, BeforeValidator(read_path)]
 Revision = Annotated[str, BeforeValidator(read_revision)]
 # A setting that may have no value: `Maybe[Text]`.

@@ -24,6 +24,7 @@ from rgrl.errors import ConfigError
 MOST_BYTES, MOST_VALUES = 10**6, 10**5  # of a file; aliases count each time they are used
 _NULL = "tag:yaml.org,2002:null"
 _NULLS = ("", "~", "null", "Null", "NULL")
+_PARTS = ("reward", "functions")  # where a number stands for a mapping that says only `weight`
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -105,17 +106,29 @@ def _parents(value: Any, path: Path) -> list[Path]:
     return found
 
 
-def _overlay(tree: dict[str, Any], changes: dict[str, Any], sections: bool = True) -> dict[str, Any]:
-    """`tree` with `changes`, section by section. Of `sections`, one where every line is a comment changes nothing."""
+def _overlay(tree: dict[str, Any], changes: dict[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`tree` with `changes`, key by key. `at`: the keys above both.
+
+    A section where every line is a comment changes nothing; within one, an empty mapping leaves nothing.
+    """
     laid = dict(tree)
     for key, value in changes.items():
         below = tree.get(key)
+        if at == _PARTS and key in tree:
+            below, value = _as_parts(below, value)
         if isinstance(value, dict) and isinstance(below, dict):
-            value = _overlay(below, value, sections=False)
-        elif sections and isinstance(below, dict) and isinstance(value, Null) and value == "":
+            value = _overlay(below, value, (*at, key)) if value or not at else {}
+        elif not at and isinstance(below, dict) and isinstance(value, Null) and value == "":
             value = below
         laid[key] = value
     return laid
+
+
+def _as_parts(below: Any, value: Any) -> tuple[Any, Any]:
+    """Two functions of the reward in the same form: a number is the weight of a mapping."""
+    if isinstance(below, dict) == isinstance(value, dict):
+        return below, value
+    return tuple(one if isinstance(one, dict) else {"weight": one} for one in (below, value))  # type: ignore[return-value]
 
 
 def _parse_overrides(words: list[str]) -> list[tuple[str, str]]:
@@ -181,7 +194,7 @@ def _with_part(parts: Any, entry: str, value: Any) -> dict[str, Any]:
     first, _, keys = rest.partition(".") if colon else entry.partition(".")
     first, known = f"{module}:{first}" if colon else first, parts if isinstance(parts, dict) else {}
     if not keys:
-        return known | {first: value}
+        return _overlay(known, {first: value}, _PARTS)
     found = known.get(first, {})
     found = dict(found) if isinstance(found, dict) else {"weight": found}
     key, _, below = keys.partition(".")

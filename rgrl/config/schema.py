@@ -23,6 +23,7 @@ from rgrl.config.kinds import (
     PathText,
     Revision,
     Text,
+    Wanted,
     Whole,
     section,
 )
@@ -140,7 +141,7 @@ class DataConfig:
     themselves are doubled. Other values than text are written as JSON. None: `column`."""
     system: Maybe[Text] = None
     """System message put first. A chat that has one of its own keeps it."""
-    where: dict[Text, Anything] = field(default_factory=dict)
+    where: dict[Text, Wanted] = field(default_factory=dict)
     """Rows to keep, by column: the value that it must have, or a list of such values, as in `{language: English}`."""
     max_rows: Maybe[Annotated[Whole, Ge(1), Le(MANY)]] = None
     """Number of rows of `path` that are read at most (the first ones). None: all."""

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rgrl.algo.estimators import masked_nll
-from rgrl.config import Config
+from rgrl.config import Config, EvalConfig
 from rgrl.evaluation import Evaluation, Generate, noise_of
 from rgrl.evaluation.guards import distinct, empty, top_word
 from rgrl.evaluation.passes import least_of, passes
@@ -120,7 +120,7 @@ class HeldOut:
             "eval/kl": (base_nll - own_nll) / max(count, 1.0),
             "eval/length": _mean([row["length"] for row in rows]),
         }
-        metrics |= self._of_parts(rows)
+        metrics |= metrics_of_parts(rows, self.rewards, self.config.eval)
         if guided:
             first = {row["index"]: row["reward"] for row in rows if row["sample"] == 0}
             both = [
@@ -144,31 +144,35 @@ class HeldOut:
         told = [None if isinstance(chat, str) else json.dumps(chat, ensure_ascii=False) for chat in chats]
         return [{"chat": told[row["index"]]} for row in rows]
 
-    def _of_parts(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """For each part of the reward: its mean, how many completions it gave none, and how often it was passed."""
-        functions, metrics = set(self.rewards.functions), {}
-        for column in [name for name in rows[0] if name.startswith("rewards/")]:
-            name = column.removeprefix("rewards/")
-            values = [row[column] for row in rows]
-            rated = [value for value in values if value is not None]
-            metrics[f"eval/{column}/mean"] = _mean(rated)
-            if name in functions:
-                metrics[f"eval/{column}/none"] = float(len(values) - len(rated))
-            least = least_of(name, values, self.config.eval.passes, functions)
-            if least is None:
-                continue
-            n = self.config.eval.samples
-            by_prompt = {rows[i]["index"]: values[i : i + n] for i in range(0, len(rows), n)}
-            for k, share in passes(by_prompt, least, n).items():
-                metrics[f"eval/{column}/pass_at_{k}"] = share
-        return metrics
-
     def _as_told(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as tables have it, with the columns of the data."""
         parts = {name: value for name, value in row.items() if name.startswith("rewards/")}
         own = {name: value for name, value in row.items() if name not in parts}
         data = data_columns(self.prompts.rows[row["index"]], self.config.data.column, row["prompt"])
         return {name: own[name] for name in OURS if name in own} | parts | data
+
+
+def metrics_of_parts(rows: list[dict[str, Any]], rewards: Rewards, config: EvalConfig) -> dict[str, float]:
+    """For each part of the reward: its mean, how many completions it gave none, and how often it was passed.
+
+    `rows` are those of a table, the completions of a prompt one after another. A penalty has no pass.
+    """
+    functions, metrics = set(rewards.functions), dict[str, float]()
+    for column in [name for name in rows[0] if name.startswith("rewards/")]:
+        name = column.removeprefix("rewards/")
+        values = [row[column] for row in rows]
+        rated = [value for value in values if value is not None]
+        metrics[f"eval/{column}/mean"] = _mean(rated)
+        if name in functions:
+            metrics[f"eval/{column}/none"] = float(len(values) - len(rated))
+        least = least_of(name, values, config.passes, functions - rewards.penalties)
+        if least is None:
+            continue
+        n = config.samples
+        by_prompt = {rows[i]["index"]: values[i : i + n] for i in range(0, len(rows), n)}
+        for k, share in passes(by_prompt, least, n).items():
+            metrics[f"eval/{column}/pass_at_{k}"] = share
+    return metrics
 
 
 def _mean(values: list[float]) -> float:

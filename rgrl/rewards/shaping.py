@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rgrl.errors import ConfigError
 
-SPREAD = 1e-6  # a group whose values differ by less than this counts 0
+SPREAD = 1e-6  # a group whose values differ by no more than this, as a fraction of the largest, counts 0
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,19 @@ def paid(terms: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> dict[str, 
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The sum r_B of the parts times their weights; NaN parts are left out, and it is NaN where all of them are."""
-    summands = [weights[name] * r_B.nan_to_num(nan=0.0) for name, r_B in terms.items()]
-    rated_B = torch.stack([~r_B.isnan() for r_B in terms.values()]).any(0)
-    return torch.stack(summands).sum(0).masked_fill(~rated_B, math.nan)
+    """The sum r_B of the parts times their weights; NaN parts are left out, and it is NaN where all of them are.
+
+    A part of weight 0 is no part of it, so what only that one rates is NaN too; unless no part has another weight.
+    Raises `ConfigError` for a sum that float32 cannot hold.
+    """
+    counted = {name: r_B for name, r_B in terms.items() if weights[name]} or terms
+    summands = [weights[name] * r_B.nan_to_num(nan=0.0) for name, r_B in counted.items()]
+    rated_B = torch.stack([~r_B.isnan() for r_B in counted.values()]).any(0)
+    total_B = torch.stack(summands).sum(0)
+    if not total_B.isfinite().all():
+        told = ", ".join(f"{name} {weights[name]:g}" for name in counted)
+        raise ConfigError(f"the sum of rewards is too large for float32; their weights are {told}", on_one_rank=True)
+    return total_B.masked_fill(~rated_B, math.nan)
 
 
 def normalised(r_B: Tensor, G: int) -> Tensor:
@@ -66,7 +75,8 @@ def normalised(r_B: Tensor, G: int) -> Tensor:
         r_N = group_G[rated_G].double()
         if len(r_N):
             spread = float(r_N.amax() - r_N.amin())
-            z_N = (r_N - r_N.mean()) / r_N.std() if spread >= SPREAD else torch.zeros_like(r_N)
+            scale = SPREAD * float(r_N.abs().amax())  # rounding is as large as that, and no more
+            z_N = (r_N - r_N.mean()) / r_N.std() if spread > scale else torch.zeros_like(r_N)
             group_G[rated_G] = z_N.to(group_G.dtype)
     return result_B
 

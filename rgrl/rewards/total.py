@@ -113,6 +113,11 @@ class Rewards:
             set_global_state(state)
         return notes
 
+    @property
+    def penalties(self) -> set[str]:
+        """Verifiers that are never above 0."""
+        return {n for n, f in self.functions.items() if isinstance(f, Verification) and not f.verifier.paid}
+
     def take_cut(self) -> int:
         """How many texts the reward model was shown without the beginning of their prompt, since the last call."""
         if self.model is None:
@@ -179,8 +184,7 @@ def load_functions(config: RewardConfig) -> Rewards:
     rewards.shapes[c.name], rewards.max_bad = shape_of(c), c.max_bad
     if c.path is None and rewards.shapes.pop(c.name) != Shape():
         raise ConfigError("`reward.clip`, `normalise` and `only_if` shape the model of `reward.path`, which is not set")
-    never = [name for name, f in rewards.functions.items() if isinstance(f, Verification) and not f.verifier.paid]
-    check_shapes(rewards.shapes, [*rewards.functions, *([c.name] if c.path is not None else [])], never)
+    check_shapes(rewards.shapes, [*rewards.functions, *([c.name] if c.path is not None else [])], rewards.penalties)
     return rewards
 
 

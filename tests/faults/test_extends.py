@@ -59,6 +59,37 @@ def test_a_section_of_comments_alone_changes_nothing(tmp_path):
     assert load_config(path).rollout.top_k == RolloutConfig().top_k  # `null` itself means the defaults
 
 
+def test_a_weight_laid_over_a_verifier_keeps_its_settings(tmp_path):
+    path = write_all(
+        tmp_path,
+        mine="extends: [base.yaml, math500]\nreward: {functions: {math: 0, 'm:f': {clip: [0, 1]}}}\n",
+        base="run: {output_dir: d}\nmodel: {path: a}\nguidance: {kind: none}\nreward: {functions: {'m:f': 3, 'm:g': 1}}\n",
+    )
+    functions = load_config(path).reward.functions
+    settings = {"column": "expected_answer", "where": "boxed"}
+    assert (functions["math"].weight, functions["math"].settings) == (0.0, settings)
+    assert (functions["m:f"].weight, functions["m:f"].clip, functions["m:g"]) == (3.0, [0, 1], 1.0)
+    again = load_config(path, ["--reward.functions.math", "2", "--reward.functions.m:f", "4"]).reward.functions
+    assert (again["math"].weight, again["math"].settings) == (2.0, settings)
+    assert (again["m:f"].weight, again["m:f"].clip) == (4.0, [0, 1])
+
+
+def test_an_empty_mapping_leaves_nothing_of_what_it_is_laid_over(tmp_path):
+    path = write_all(tmp_path, mine="extends: [lmsys_chat, needed.yaml]\ndata: {where: {}}\nrun: {}\n", needed=NEEDED)
+    config = load_config(path)
+    assert config.data.where == {} and config.data.turns == "first_user" and config.run.output_dir == "d"
+
+
+def test_a_language_is_no_truth_value(tmp_path):
+    path = write_all(tmp_path, mine="extends: needed.yaml\ndata: {where: {language: [no, en]}}\n", needed=NEEDED)
+    with pytest.raises(ConfigError, match=r"`data\.where\.language` must be true or false, or text in quotes"):
+        load_config(path)
+    path.write_text("extends: needed.yaml\ndata: {where: {language: ['no', en], toxic: false}}\n")
+    assert load_config(path).data.where == {"language": ["no", "en"], "toxic": False}
+    path.write_text(as_yaml(load_config(path)))
+    assert load_config(path).data.where == {"language": ["no", "en"], "toxic": False}
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_presets_load_beside_what_a_run_needs(name, tmp_path):
     needed = "model: {path: a}\nreward: {path: c}\n"

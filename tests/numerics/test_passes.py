@@ -7,7 +7,10 @@ import statistics
 import pytest
 import torch
 
+from rgrl.config import EvalConfig, RewardConfig
+from rgrl.evaluation.held_out import metrics_of_parts
 from rgrl.evaluation.passes import counts_of, least_of, pass_at, passes
+from rgrl.rewards import load_functions
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -56,6 +59,27 @@ def test_what_has_no_reward_has_not_passed_and_a_prompt_without_any_is_left_out(
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 2.0, -1.3, 1e-3])
 def test_a_reward_in_float32_passes_at_its_own_value(value):
     assert passes({0: [torch.tensor([value]).item()]}, value, 1) == {1: 1.0}
+
+
+def test_nothing_is_told_of_more_completions_than_there_are():
+    for k, passed, n in ((4, 1, 3), (0, 1, 3), (1, 4, 3), (1, -1, 3), (1, 0, 0)):
+        with pytest.raises(ValueError, match="k must be"):
+            pass_at(k, passed, n)
+    with pytest.raises(ValueError, match="2 completions, not 3"):
+        passes({0: [1.0, 0.0, 1.0], 1: [1.0, 0.0]}, 1.0, 3)
+
+
+def test_a_penalty_has_no_pass():
+    rewards = load_functions(RewardConfig(functions={"numeric": 1.0, "length": {"settings": {"most": 9}}}))
+    assert rewards.penalties == {"length"}
+    rows = [{"index": i, "rewards/length": 0.0, "rewards/numeric": float(i)} for i in range(2)]
+    assert metrics_of_parts(rows, rewards, EvalConfig()) == {
+        "eval/rewards/length/mean": 0.0,
+        "eval/rewards/length/none": 0.0,
+        "eval/rewards/numeric/mean": 0.5,
+        "eval/rewards/numeric/none": 0.0,
+        "eval/rewards/numeric/pass_at_1": 0.5,
+    }
 
 
 def test_what_counts_as_a_pass():

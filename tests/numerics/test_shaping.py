@@ -13,7 +13,7 @@ from rgrl.config import Config, RewardConfig
 from rgrl.config.load import as_yaml, load_config
 from rgrl.errors import ConfigError
 from rgrl.rewards import Rewards, load_functions
-from rgrl.rewards.shaping import Shape, normalised
+from rgrl.rewards.shaping import Shape, normalised, weighted_sum
 from rgrl.types import Prompts
 
 
@@ -92,6 +92,30 @@ def test_without_normalising_completions_are_compared_by_the_sum_itself():
     assert rewards.for_advantages(total_B, terms, 2) is total_B
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_any_scale_is_normalised_and_rounding_is_not(scale):
+    one = 0.5 / math.sqrt(1 / 3)
+    values = torch.tensor([1.0, 2.0, 1.0, 0.0]) * scale
+    assert normalised(values, 4).tolist() == pytest.approx([0, one * math.sqrt(2), 0, -one * math.sqrt(2)], rel=1e-5)
+    almost = torch.tensor([1.0, 1.0 + 2**-23, 1.0, 1.0]) * scale
+    assert len(set(almost.tolist())) == 2 and normalised(almost, 4).tolist() == [0.0] * 4
+
+
+def test_a_part_of_weight_0_rates_nothing():
+    """As documented: a completion that no part of the sum rates has no reward, and does not count as one of 0."""
+    terms = {"own": torch.tensor([math.nan, 2.0]), "watched": torch.tensor([7.0, 7.0])}
+    total_B = weighted_sum(terms, {"own": 0.5, "watched": 0.0})
+    assert total_B[0].isnan() and total_B[1] == 1.0
+    assert weighted_sum(terms, {"own": 0.0, "watched": 0.0}).tolist() == [0.0, 0.0]
+
+
+def test_a_sum_beyond_float32_is_one_line():
+    terms = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([1.0, math.nan])}
+    for other in (-1e39, 1.0):
+        with pytest.raises(ConfigError, match=r"too large for float32; their weights are a 1e\+39, b"):
+            weighted_sum(terms, {"a": 1e39, "b": other})
+
+
 def test_normalising_leaves_out_what_has_no_reward():
     nan = math.nan
     found_B = normalised(torch.tensor([1.0, nan, 3.0, nan, nan, nan, 5.0, nan, nan]), 3)
@@ -159,10 +183,11 @@ def test_overrides_reach_into_a_part_and_a_run_writes_what_it_reads(tmp_path):
         load_config(path, ["--rollout.num_generations", "1", "--reward.functions.numeric.normalise", "true"])
 
 
-def test_math_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["auto", "boxed"])  # of the trial's completions none holds a box
+def test_math_without_its_package_says_what_to_install(where, tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    rewards = load_functions(RewardConfig(functions={"math": 1.0}))
+    rewards = load_functions(RewardConfig(functions={"math": {"settings": {"where": where}}}))
     with pytest.raises(ConfigError, match=r"verifier `math` needs the package math-verify.*not here.*\[math\]"):
         rewards.try_out(Prompts(["p"], [{"answer": "1"}]))
 

@@ -60,6 +60,22 @@ RIGHT = [
     ("0.1", 0.1),
     ("1" * 500, "1" * 500),
     ("1e400", 10**400),
+    ("#### +5", 5),
+    ("<answer>(-5)</answer>", -5),
+    ("\\boxed{\\frac{3}{-4}}", "-3/4"),
+    ("it is -2\u00bd", -2.5),  # a vulgar fraction
+    ("<answer>\u00bc</answer>", 0.25),
+    ("\\boxed{25\\text{ cm}^2}", 25),
+    ("<answer>25 m\u00b2</answer>", 25),  # square metres
+    ("<answer>60 km/h</answer>", 60),
+    ("\\boxed{\\$5/hour}", 5),
+    # Scripts that set no space before a number, and Chinese for ten thousand and kilometres.
+    ("\u7b54\u6848\u662f42\u3002", 42),
+    ("\u7b54\u6848\u662f-5", -5),
+    ("\uc815\ub2f5\uc74042\uc785\ub2c8\ub2e4", 42),
+    ("\u0647\u0648\u0664\u0662", 42),
+    ("<answer>3.5\u4e07</answer>", 35000),
+    ("<answer>5\u5343\u7c73</answer>", 5),
 ]
 WRONG = [
     ("", "1"),
@@ -83,6 +99,16 @@ WRONG = [
     ("1/3", "0.333"),
     ("1" * 499 + "2", "1" * 500),
     ("1e401", 10**400),
+    ("<answer>2\u00bd</answer>", 2),
+    ("<answer>5\u00b2</answer>", 5),
+    ("it is 2^10", 2),
+    ("\\boxed{10^{3}}", 10),
+    ("<answer>-(5)</answer>", 5),
+    ("<answer>5 pi</answer>", 5),
+    ("\\boxed{5/x}", 5),
+    ("\\boxed{5 x^2}", 5),
+    ("<answer>5\u4e07</answer>", 5),
+    ("<answer>5\u2460</answer>", 5),  # a digit in a circle
     ("1e999999999", 1),
 ]
 
@@ -372,11 +398,22 @@ def test_latex_is_compared_and_never_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1" * 501, "{" * 21 + "}" * 21, "9" * 101, "\\def\\x{1}", "\\begin{document}", "\\sum_{i=1}^{9}"]
+    "text",
+    [
+        "",
+        "1" * 501,
+        "{" * 21 + "}" * 21,
+        "9" * 101,
+        "\\def\\x{1}",
+        "\\begin{document}",
+        "\\sum_{i=1}^{9}",
+        "{1",
+        "1}, {2",
+    ],
 )
 def test_latex_is_bounded_before_it_is_parsed(text):
     assert unreadable(text) is not None
-    assert unreadable("\\frac{1}{2}") is None
+    assert unreadable("\\frac{1}{2}") is None and unreadable("\\left\\{1\\right\\}") is None
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ class Verifier:
     columns: Callable[[Any], list[str]]
     seconds: float = 0.0
     paid: bool = True  # whether it can be above 0: a penalty cannot
+    job: str = ""  # the kind of its jobs, where it has a process
 
 
 @dataclass
@@ -73,14 +74,18 @@ class Verification:
         found = self.verifier.score(text, expected, self.settings)
         if not isinstance(found, Job):
             return found
+        return self._process().ask(found.kind, found.texts, self.seconds)
+
+    def _process(self) -> Process:
         if self.process is None:
             self.process = Process()
-        return self.process.ask(found.kind, found.texts, self.seconds)
+        return self.process
 
     def check(self, prompts: SomePrompts, setting: str, most_bad: float) -> str | None:
         """Read rows of the data, before a run starts. Returns what to warn of.
 
-        Raises `ConfigError` for a column that no row has, and where more than the fraction `most_bad` cannot be read.
+        Raises `ConfigError` for a column that no row has, where more than the fraction `most_bad` cannot be read, and
+        where its own process cannot do what it will be asked for.
         """
         total = len(prompts)
         chosen = list(range(total)) if total <= MOST_ROWS_READ else _spaced(total, MOST_ROWS_READ)
@@ -98,6 +103,8 @@ class Verification:
         for name in sorted(needed - seen):
             has = f"; it has {', '.join(sorted(known))}" if name not in known else ", which is empty in all rows"
             raise ConfigError(f"reward {self.name!r} reads the column {name!r} of `{setting}`{has}")
+        if self.verifier.job:  # whatever a trial's completions say, they may not get as far as a job
+            self._process().prepare(self.verifier.job)
         told = f"reward {self.name!r} cannot read {bad:,} of {len(chosen):,} rows of `{setting}`, the first is {first}"
         if bad > most_bad * len(chosen):
             raise ConfigError(f"{told}; rows that give no reward are accepted up to the fraction `reward.max_bad`")

@@ -43,11 +43,17 @@ def unreadable(text: str) -> str | None:
         return "empty"
     if len(text) > LONGEST:
         return f"longer than {LONGEST} characters"
-    depth = 0
-    for character in text:
+    depth = braces = 0
+    for before, character in zip(f" {text}", text, strict=False):
         depth += (character in "{([") - (character in "})]")
+        if before != "\\":
+            braces += (character == "{") - (character == "}")
         if depth > DEEPEST:
             return "nested too deeply"
+        if braces < 0:  # what follows would stand outside the box that it is compared in
+            return "a brace that was not opened"
+    if braces:
+        return "a brace that is not closed"
     if re.search(rf"[0-9]{{{MOST_DIGITS + 1}}}", text):
         return f"a number of more than {MOST_DIGITS} digits"
     for name in _COMMAND.findall(text):
@@ -95,4 +101,4 @@ def score_latex(completion: str, expected: str, settings: Any) -> float | Job:
     return Job("math", (expected, found))
 
 
-MATH = Verifier(MathSettings, read_latex, score_latex, lambda settings: [settings.column], seconds=5.0)
+MATH = Verifier(MathSettings, read_latex, score_latex, lambda settings: [settings.column], seconds=5.0, job="math")

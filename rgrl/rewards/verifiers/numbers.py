@@ -27,8 +27,20 @@ _FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*([-0-9.,]{1,300})\s*\}\s*\{\s*([-0-
 _SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*([0-9])\s*([0-9])(?![0-9])")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _PERCENT = re.compile(r"\s?(?:%|per ?cent(?:age)?\b)")
-_SCALE = re.compile(r"\s(hundred|thousand|million|billion|trillion)\b", re.IGNORECASE)
+# Chinese numerals that may follow digits, but for the one that begins kilograms and kilometres.
+_KILO = re.compile("\u5343[\u514b\u7c73\u74e6\u5361]")
+_SCALE = re.compile(
+    rf"\s(hundred|thousand|million|billion|trillion)\b|(?!{_KILO.pattern})([\u767e\u5343\u4e07\u842c\u4ebf\u5104]{{1,2}})",
+    re.IGNORECASE,
+)
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALES |= {"\u767e": 10**2, "\u5343": 10**3, "\u4e07": 10**4, "\u842c": 10**4, "\u4ebf": 10**8, "\u5104": 10**8}
+# A unit may have an exponent or a slash: cm^2, m^{3}, km/h, 5/hour.
+_RAISED_UNIT = re.compile(r"(?<![A-Za-z])([A-Za-z]{2,20}|m|s)\s{0,3}\^\s?(?:[1-9]|\{\s?[1-9]\s?\})(?![0-9])")
+_PER_UNIT = re.compile(
+    r"(?:^|(?<![A-Za-z])(?:[A-Za-z]{2,20}|[mglL]))\s?/\s?(?!pi|sqrt)(?:[A-Za-z]{2,20}|[hsmglL])(?![A-Za-z])"
+)
+_FACTOR = re.compile(r"[abceiknxyz](?![A-Za-z])|\s*(?:pi|sqrt|squared|cubed|dozen)(?![A-Za-z])")  # after a number
 _SYMBOLS = "^*/+\\_{}<>|\u221a\u03c0()[]\u00d7\u00f7\u00b7"  # beside a number, they make it a part of a formula
 _EQUALS = re.compile(r"=|\u2248|\\approx")
 
@@ -49,13 +61,28 @@ def _digits() -> dict[int, str]:
     return other | {ord(c): str(unicodedata.decimal(c)) for c in every if unicodedata.decimal(c, None) is not None}
 
 
+def _compatible(kind: str) -> dict[str, str]:
+    """Characters that Unicode calls a fraction, or a superscript, of digits -> those digits, as 1/2 or 2."""
+    found = {}
+    for c in map(chr, range(128, 0x2190)):
+        form, _, codes = unicodedata.decomposition(c).partition(" ")
+        text = "".join(chr(int(code, 16)) for code in codes.split()).replace("\u2044", "/")
+        if form == kind and text[-1:].isdecimal():
+            found[c] = text
+    return found
+
+
 _TRANSLATED = _digits()
+_FRACTIONS, _SUPERSCRIPTS = _compatible("<fraction>"), _compatible("<super>")
+_VULGAR, _RAISED = re.compile(f"[{''.join(_FRACTIONS)}]"), re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 
 
 def plain(text: str) -> str:
     """A text with its numbers as ASCII has them, and the LaTeX around them taken off."""
     if not text.isascii():
         text = text.translate(_TRANSLATED)
+        text = _VULGAR.sub(lambda found: f"{_space(found)}{_FRACTIONS[found[0]]} ", text)
+        text = _RAISED.sub(lambda found: "^" + "".join(_SUPERSCRIPTS[c] for c in found[0]), text)
     if "\\" in text or "{" in text:
         text = text.replace("{,}", ",").replace("\\!", "").replace("\\,", "\u2009")
         for command in ("\\left", "\\right", "^\\circ", "^{\\circ}", "\\(", "\\)", "\\[", "\\]", "\\;", "\\ "):
@@ -68,8 +95,12 @@ def plain(text: str) -> str:
 
 
 def _as_slash(found: re.Match[str]) -> str:
-    space = " " if found.start() and found.string[found.start() - 1].isdigit() else ""
-    return f"{space}{found[1]}/{found[2]} "
+    return f"{_space(found)}{found[1]}/{found[2]} "
+
+
+def _space(found: re.Match[str]) -> str:
+    """What keeps a fraction apart from the whole number before it."""
+    return " " if found.start() and found.string[found.start() - 1].isdigit() else ""
 
 
 def read_token(token: str) -> Fraction | None:
@@ -93,16 +124,22 @@ def numbers_in(text: str, listed: bool = True) -> list[Value]:
         start, end = match.span()
         end -= len(match[0]) - len(match[0].rstrip(f".,'{_SPACES}"))
         before = text[start - 1] if start else " "
-        if before.isalnum() or before in "_^" or text[max(0, start - 2) : start] in ("^{", "_{"):
+        last = found[-1] if found else None
+        between = text[last.end : start].replace(" ", "") if last is not None else ""
+        if last is not None and between in ("^", "^{"):
+            found[-1] = last._replace(number=None, end=end)  # a power is not read
+            continue
+        if _joins(before) or before in "_^" or text[max(0, start - 2) : start] in ("^{", "_{"):
             continue  # a part of a name, an index or an exponent
         number = read_token(match[0])
-        last = found[-1] if found else None
-        between = text[last.end : start].strip() if last is not None else ""
-        if last is not None and between == "/" and not last.percent:
+        after = text[end : end + 1].isnumeric() and not _SCALE.match(text, end) and not _KILO.match(text, end)
+        if before.isnumeric() or after:  # a numeral of another kind
+            number = None
+        if last is not None and between in ("/", "/-") and not last.percent:
             whole = found[-2] if len(found) > 1 and text[found[-2].end : last.start].strip(" ") == "" else None
             ratio = None
             if not joined and last.number is not None and number:
-                ratio = last.number / number
+                ratio = last.number / (number if between == "/" else -number)
             if ratio is not None and whole is not None and whole.number is not None and 0 < ratio < 1:
                 found.pop()  # a mixed number such as 1 1/2
                 ratio = whole.number - ratio if _negative(text, whole.start, listed) else whole.number + ratio
@@ -115,7 +152,8 @@ def numbers_in(text: str, listed: bool = True) -> list[Value]:
             number = -number
         percent = _PERCENT.match(text, end)
         if percent is None and (scale := _SCALE.match(text, end)) is not None:
-            number = None if number is None else number * _SCALES[scale[1].lower()]
+            words = [scale[1].lower()] if scale[1] else list(scale[2])
+            number = None if number is None else number * math.prod(_SCALES[word] for word in words)
             end = scale.end()
         found.append(Value(number, percent is not None, start, percent.end() if percent else end))
     return found
@@ -141,7 +179,12 @@ def _negative(text: str, start: int, listed: bool) -> bool:
         return False
     if attached and j < spaced - 1:
         return True  # "is -5"
-    return not (text[j].isalnum() or text[j] in ")]}%.")
+    return not (_joins(text[j]) or text[j] in ")]}%.")
+
+
+def _joins(character: str) -> bool:
+    """Whether a digit after this character is a part of its word. Scripts without small letters often set no space."""
+    return character.isalnum() and unicodedata.category(character) not in ("Lo", "Lm")
 
 
 def answer_in(text: str, where: Where = "auto") -> Value | None:
@@ -165,10 +208,13 @@ def answer_in(text: str, where: Where = "auto") -> Value | None:
         part = part[: found[0].end] if found else part
     if len(found) != 1 or found[0].number is None:
         return None
-    rest = part[: found[0].start], part[found[0].end :]
+    rest = part[: found[0].start], _PER_UNIT.sub(" ", _RAISED_UNIT.sub(r"\1", part[found[0].end :]))
+    if rest[0].strip(" ($") == "+":
+        rest = "", rest[1]
+    elif re.search(r"-[ $]*\(", rest[0]):  # the sign of a parenthesis: -(5)
+        return None
     formula = any(c in _SYMBOLS for side in rest for c in side.strip(" ()$"))
-    variable = re.match(r"[abceiknxyz](?![A-Za-z])", rest[1]) is not None
-    return None if formula or variable or re.search("[0-9]", rest[0] + rest[1]) else found[0]
+    return None if formula or _FACTOR.match(rest[1]) or re.search("[0-9]", rest[0] + rest[1]) else found[0]
 
 
 # ------------------------------------------------------------------------------------------------ the verifier

@@ -48,6 +48,15 @@ class Process:
             return float(value) if isinstance(value, int | float) else None
         return None
 
+    def prepare(self, kind: str) -> None:
+        """Start the worker and have it import what a kind of job needs. Raises `ConfigError` where it cannot."""
+        for _ in range(2):
+            try:
+                return self._start(kind)
+            except LostError:
+                self.close()
+        raise ConfigError(f"the process of the verifier `{kind}` ends, or does not answer, as soon as it is started")
+
     def _start(self, kind: str) -> None:
         if self.child is None:
             # -P: its folder must not come before the standard library. A session of its own: Ctrl-C is for the trainer.

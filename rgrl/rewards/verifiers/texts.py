@@ -148,4 +148,5 @@ PATTERN = Verifier(
     score_pattern,
     lambda settings: [settings.column] if settings.column is not None else [],
     seconds=1.0,
+    job="pattern",
 )
