@@ -230,11 +230,9 @@ def resolved(
 
 
 def pinned(data: DataConfig, training: PromptSet, evaluation: PromptSet | None) -> DataConfig:
-    """The settings with the commits that were read of data sets of the Hub; what is evaluated on none stays open."""
-    commits = {"revision": training.data.commit}
-    if evaluation is not None and data.eval_path is not None:
-        commits["eval_revision"] = evaluation.data.commit
-    return replace(data, **{name: commit for name, commit in commits.items() if commit is not None})
+    """The settings with the commits that were read of data sets of the Hub."""
+    other = evaluation.data.commit if evaluation is not None and data.eval_path is not None else None
+    return replace(data, revision=training.data.commit or data.revision, eval_revision=other or data.eval_revision)
 
 
 def take_fingerprints(

@@ -63,7 +63,7 @@ def test_a_weight_laid_over_a_verifier_keeps_its_settings(tmp_path):
     path = write_all(
         tmp_path,
         mine="extends: [base.yaml, math500]\nreward: {functions: {math: 0, 'm:f': {clip: [0, 1]}}}\n",
-        base="run: {output_dir: d}\nmodel: {path: a}\nguidance: {kind: none}\nreward: {functions: {'m:f': 3, 'm:g': 1}}\n",
+        base="run: {output_dir: d}\nmodel: {path: a}\nreward: {path: r, functions: {'m:f': 3, 'm:g': 1}}\n",
     )
     functions = load_config(path).reward.functions
     settings = {"column": "expected_answer", "where": "boxed"}
