@@ -14,7 +14,7 @@ from rgrl.algo.reward_gradient import surprise
 from rgrl.checkpoint import code_commit, other_base, start_fingerprint
 from rgrl.config import Config, DataConfig, GuidanceConfig, JudgeConfig, LoraConfig, ModelConfig
 from rgrl.console import warn
-from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit, load_data
+from rgrl.data import PromptSet, PromptStream, Tally, fingerprint, fit_both, load_data
 from rgrl.data.lengths import check_shapes
 from rgrl.data.said import empty_prompt
 from rgrl.errors import ConfigError
@@ -24,7 +24,6 @@ from rgrl.folder import Owner
 from rgrl.hub import resolved_revision
 from rgrl.models import Policy, add_lora, load_policy
 from rgrl.models.lora import adapter_parameters, check_gradients, expand_targets
-from rgrl.models.reader import Reader
 from rgrl.models.readout import READOUTS, Places, Readout, token_logp
 from rgrl.models.start import read_start, start_from
 from rgrl.plugins import resolve
@@ -118,7 +117,7 @@ def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> R
     size = shard_size(os.environ, accelerator.num_processes)
     check_sharing(config.model, size)
     policy = load_policy(config.model, device if size == 1 else "cpu")  # a GPU may not hold it whole
-    prompts, evaluation = fitted(config, policy.reader, prompts, evaluation)
+    prompts, evaluation = fit_both(prompts, evaluation, policy.reader, config.rollout.max_completion_length)
     eval_prompts = evaluation.take(range(len(evaluation))) if evaluation is not None else None
     rewards, guide = load_rewards(config, device, rewards, "row_gradients" in algorithm.needs)
     guide_model, gradient_model = bind_guides(config, policy, algorithm, rewards, guide)
@@ -246,15 +245,6 @@ def take_fingerprints(
     if eval_prompts is not None:
         found["eval"] = fingerprint(eval_prompts)
     return found | {name: model.fingerprint for name, model in models.items() if model is not None}
-
-
-def fitted(
-    config: Config, reader: Reader, training: PromptSet, evaluation: PromptSet | None
-) -> tuple[PromptSet, PromptSet | None]:
-    """The prompts in the policy's template and within its limits, of evaluation's those used. Raises `ConfigError`."""
-    room = config.rollout.max_completion_length
-    training = fit(training, reader, room)
-    return training, None if evaluation is None else fit(evaluation, reader, room, config.data.eval_prompts)
 
 
 def make_room(model: ClassifierReward, config: Config, data: Sequence[PromptSet | None]) -> None:

@@ -1,5 +1,6 @@
 """How long prompts are to the policy, and what becomes of those that are too long, too short, or nothing to it."""
 
+import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
@@ -51,6 +52,34 @@ def fit(prompts: PromptSet, reader: Reader, room: int, most: int | None = None) 
         _look(found, prompts, batch, (numbers, sure), reader, base)
         start = numbers.stop
     return _result(prompts, found, reader, room)
+
+
+def fit_both(
+    training: PromptSet, evaluation: PromptSet | None, reader: Reader, room: int
+) -> tuple[PromptSet, PromptSet | None]:
+    """`fit` of the training prompts and of the first `data.eval_prompts` of the others. Raises `ConfigError`.
+
+    Where the settings keep the two apart, no text is on both sides once prompts are cut. It is left out of evaluation,
+    so that what is trained on does not depend on what is evaluated.
+    """
+    c = training.config
+    training = fit(training, reader, room)
+    if evaluation is None:
+        return training, None
+    evaluation = fit(evaluation, reader, room, c.eval_prompts)
+    if not (c.deduplicate or c.eval_fraction) or not (training.cuts or evaluation.cuts):
+        return training, evaluation
+    changed_P = np.isin(training.number_P, list(training.cuts))
+    seen = training if evaluation.cuts else training.only(changed_P)  # whole texts were compared before
+    trained = {_digest(text) for batch in seen.batches() for text in batch.texts}
+    apart_P = np.array([_digest(text) not in trained for text in evaluation.texts])
+    if not apart_P.any():
+        raise ConfigError(f"{evaluation.source}: every evaluation prompt is trained on too, once they are cut")
+    return training, evaluation.only(apart_P, trained=int((~apart_P).sum()))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def _look(

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rgrl.config import Config
-from rgrl.data.lengths import check_shapes, fit
+from rgrl.data.lengths import check_shapes, fit_both
 from rgrl.data.prompts import PromptSet, load_data
 from rgrl.data.said import empty_prompt
 from rgrl.models.load import load_reader
@@ -28,10 +28,8 @@ def preview(config: Config, first: int) -> Iterator[str]:
     """
     training, evaluation = load_data(config.data, evaluates=config.run.eval_steps > 0)
     reader, frames = load_reader(config.model), _frames(config)
-    room = config.rollout.max_completion_length
-    data = {"training": fit(training, reader, room)}
-    if evaluation is not None:
-        data["evaluation"] = fit(evaluation, reader, room, config.data.eval_prompts)
+    training, evaluation = fit_both(training, evaluation, reader, config.rollout.max_completion_length)
+    data = {"training": training} | ({} if evaluation is None else {"evaluation": evaluation})
     for prompts in data.values():
         for frame, _ in frames.values():
             check_shapes(prompts, frame.check_shape)

@@ -32,6 +32,7 @@ class Tally:
     short: int = 0
     dropped: int = 0  # too long, and not to be cut or without text once they are
     truncated: int = 0
+    trained: int = 0  # left out of evaluation, as training has the same text once one of the two is cut
 
     def words(self) -> str:
         """What was left out or cut; empty if nothing was."""
@@ -44,6 +45,7 @@ class Tally:
             "shorter than data.min_prompt_length": self.short,
             "longer than data.max_prompt_length and left out": self.dropped,
             "longer than data.max_prompt_length and cut": self.truncated,
+            "that are trained on too, once they are cut": self.trained,
         }
         return ", ".join(f"{n:,} {what}" for what, n in told.items() if n)
 

@@ -12,7 +12,7 @@ from training import changed, go, write
 
 from rgrl.cli import main
 from rgrl.config import DataConfig, ModelConfig
-from rgrl.data import fingerprint, fit, load_data, load_prompts
+from rgrl.data import fingerprint, fit, fit_both, load_data, load_prompts
 from rgrl.data import rows as rows_module
 from rgrl.data.lengths import bound_of, shorten
 from rgrl.errors import ConfigError
@@ -285,6 +285,28 @@ def test_what_is_too_long_is_refused_dropped_or_cut(limit, tmp_path, reader):
         longer = [*chat[:-1], {"role": "user", "content": one_more}] if isinstance(prompt, list) else one_more
         assert reader.lengths([reader.format_prompt(longer)])[0] > limit, "and no more than has to be"
     assert fingerprint(cut)["prompts"] != fingerprint(prompts)["prompts"]
+
+
+def test_no_text_is_on_both_sides_once_prompts_are_cut(tmp_path, reader):
+    """Prompts that differ only in what is cut off: the hash of the whole text does not keep them apart."""
+    ending = "and now a word on the plot of this film and on its end"
+    rows = [{"prompt": f"number {i} " + "of many words " * 40 + ending} for i in range(40)]
+    rows += [{"prompt": f"short {i}"} for i in range(20)]
+    settings = {"eval_fraction": 0.5, "too_long": "truncate", "max_prompt_length": 30}
+    config = DataConfig(path=lines(tmp_path / "a.jsonl", *rows), **settings)
+    training, evaluation = fit_both(*load_data(config), reader, 4)
+    assert (
+        len(training.cuts) > 9
+        and evaluation.tally.trained > 9
+        and set(evaluation.texts) < {f"short {i}" for i in range(20)}
+    )
+    assert not set(training.texts) & set(evaluation.texts)
+    alone, _ = fit_both(load_data(config)[0], None, reader, 4)
+    assert alone.texts == training.texts, "what is trained on does not depend on evaluation"
+    with pytest.raises(ConfigError, match="every evaluation prompt is trained on too"):
+        fit_both(*load_data(replace(config, max_rows=40)), reader, 4)
+    whole, others = load_data(replace(config, too_long="drop"))
+    assert fit_both(whole, others, reader, 4)[1].tally.trained == 0
 
 
 def test_a_prompt_that_cannot_be_cut_is_left_out(tmp_path, reader):
