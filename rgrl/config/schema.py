@@ -142,11 +142,13 @@ class DataConfig:
     system: Maybe[Text] = None
     """System message put first. A chat that has one of its own keeps it."""
     where: dict[Text, Wanted] = field(default_factory=dict)
-    """Rows to keep, by column: the value that it must have, or a list of such values, as in `{language: English}`."""
+    """Rows to keep, by column: the value that it must have, or a list of such values, as in `{language: English}`. Of
+    truth values only `true` and `false` are read as such: other words for them need quotes."""
     max_rows: Maybe[Annotated[Whole, Ge(1), Le(MANY)]] = None
     """Number of rows of `path` that are read at most (the first ones). None: all."""
     deduplicate: Flag = False
-    """Keep the first of the rows whose prompts have the same text, and train on none that evaluation uses."""
+    """Keep the first of the rows whose prompts have the same text, and train on none that evaluation uses. `too_long`
+    cuts later: evaluation goes without prompts that are trained on once they are cut."""
     min_prompt_length: Annotated[Whole, Ge(0), Le(10**7)] = 0
     """A prompt of fewer policy tokens is left out; chat markers do not count, and of a chat only the last turn does."""
     max_prompt_length: Annotated[Whole, Ge(1), Le(10**7)] = 512
@@ -186,7 +188,7 @@ class PartConfig:
     """A function of the reward with more than its weight."""
 
     weight: Number = 1.0
-    """Its weight in the sum of rewards."""
+    """Its weight in the sum of rewards. 0: it is only shown, and what no other part rates has no reward."""
     function: Maybe[Text] = None
     """The function, as the keys of `reward.functions` are, where its key there is another name. None: the key."""
     name: Maybe[Text] = None
@@ -309,7 +311,7 @@ class EvalConfig:
     passes: dict[Text, Number] = field(default_factory=dict)
     """From which value on a reward counts as passed: its name (a function's is that after the colon) -> value. A
     function of `reward.functions` that is not named here counts at 1, as long as it gives numbers from 0 to 1 only;
-    others, and a reward model, have no pass."""
+    others, a penalty and a reward model have no pass."""
 
 
 @section("rollout")

@@ -71,7 +71,7 @@ METRICS = {
     "eval/reward": "mean reward of unguided completions of the eval prompts",
     "eval/reward_std": "its standard deviation over samples",
     "eval/rewards/<name>/mean": "mean of one reward term over those completions, unweighted, of what is not None",
-    "eval/rewards/<name>/none": "completions that a Python reward gave None, no reward",
+    "eval/rewards/<name>/none": "completions that a Python reward or verifier gave None, no reward",
     "eval/rewards/<name>/pass_at_<k>": "pass@k: how probably one or more of k completions of a prompt pass this term "
     "(`eval.passes`), mean over prompts, estimated without bias from all `eval.samples` of each: for k = 1 the "
     "fraction of completions that pass, for the largest k that of prompts with one that does",
