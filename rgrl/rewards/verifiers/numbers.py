@@ -242,11 +242,18 @@ def read_number_of(row: Mapping[str, Any], settings: Any) -> Value | None:
         return found
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | Fraction):
         raise BadRowError(f"{settings.column!r} is {shown(value)}, which is no number")
-    if not math.isfinite(value) if not isinstance(value, int) else value.bit_length() > 3 * MOST_DIGITS:
+    if not _bounded(value):
         raise BadRowError(f"{settings.column!r} is no finite number of at most {MOST_DIGITS} digits")
-    if isinstance(value, Decimal) and abs(value.adjusted()) > MOST_DIGITS:
-        raise BadRowError(f"{settings.column!r} is no number of at most {MOST_DIGITS} digits")
     return Value(Fraction(repr(value)) if isinstance(value, float) else Fraction(value), False, 0, 0)
+
+
+def _bounded(value: int | float | Decimal | Fraction) -> bool:
+    """Whether a number is finite and not too long to be compared exactly."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Decimal):
+        return value.is_finite() and abs(value.adjusted()) <= MOST_DIGITS
+    return max(value.numerator.bit_length(), value.denominator.bit_length()) <= 3 * MOST_DIGITS
 
 
 def _alone(text: str) -> Value | None:

@@ -29,7 +29,7 @@ def cells_of(value: Any, column: str) -> str:
     """A grid as 16 or 81 digits. Raises `BadRowError`."""
     if isinstance(value, list | tuple):
         flat = [cell for line in value for cell in (line if isinstance(line, list | tuple) else [line])]
-        value = "".join(str(cell) for cell in flat if isinstance(cell, int | str))
+        value = "".join(map(_cell, flat))
     elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**16:
         value = str(value).zfill(16)  # a file of numbers drops the 0s that it begins with
     if isinstance(value, str):
@@ -37,6 +37,14 @@ def cells_of(value: Any, column: str) -> str:
         if len(cells) in BOXES and cells.isascii() and cells.isdigit() and int(max(cells)) <= BOXES[len(cells)] ** 2:
             return cells
     raise BadRowError(f"{column!r} is {shown(value)}, which is no grid of 16 or 81 digits")
+
+
+def _cell(value: Any) -> str:
+    """A cell, or some of them as text; what is none makes the grid none."""
+    if isinstance(value, str):
+        return value
+    digit = isinstance(value, int | float) and not isinstance(value, bool) and value in range(10)
+    return str(int(value)) if digit else "?"
 
 
 def units(cells: int) -> list[list[int]]:
