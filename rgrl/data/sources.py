@@ -209,11 +209,12 @@ def _ragged(file: Path) -> str | None:
     try:
         with file.open(encoding="utf-8", errors="replace", newline="") as lines:
             reader = csv.reader(lines)
-            width = len(next(reader, []))
+            width = 0
             for row in reader:
+                width = width or len(row)  # what precedes the header is blank
                 if len(row) > width:
                     return (
-                        f"line {reader.line_num} has {len(row)} fields, and the first line {width}; a text with a "
+                        f"line {reader.line_num} has {len(row)} fields, and the header {width}; a text with a "
                         "comma in it stands in quotes"
                     )
     finally:

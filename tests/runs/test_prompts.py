@@ -417,7 +417,7 @@ def test_a_saved_data_set_is_read_whole_whatever_it_is_formatted_as(tmp_path):
 
 def test_a_csv_is_read_as_it_is_written(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text('prompt,answer\nNA,null\n"one, two",\nNone,nan\n')
+    path.write_text('\n\nprompt,answer\nNA,null\n"one, two",\nNone,nan\n')
     assert load_prompts(str(path), DataConfig()).rows == [
         {"prompt": "NA", "answer": "null"},
         {"prompt": "one, two", "answer": None},
@@ -425,7 +425,7 @@ def test_a_csv_is_read_as_it_is_written(tmp_path):
     ]
     for text, line in (("one, two,3\nthree, four,5\n", 2), ("one,3\n\nthree, four,5\n", 4)):
         path.write_text(f"prompt,answer\n{text}")
-        with pytest.raises(ConfigError, match=f"line {line} has 3 fields, and the first line 2"):
+        with pytest.raises(ConfigError, match=f"line {line} has 3 fields, and the header 2"):
             load_prompts(str(path), DataConfig())
 
 
