@@ -25,7 +25,7 @@ from torch import Tensor
 from rgrl.config import ObjectiveConfig
 
 Advantage = Callable[[Tensor, int, ObjectiveConfig], Tensor]
-SPREAD = 1e-6  # a group whose rewards differ by less than this contributes nothing
+SPREAD = 1e-6  # a group whose rewards differ by no more than this, as a fraction of the largest, contributes nothing
 
 
 def _groups(reward_B: Tensor, G: int) -> Tensor:
@@ -33,10 +33,13 @@ def _groups(reward_B: Tensor, G: int) -> Tensor:
 
 
 def zero_spread(reward_B: Tensor, G: int) -> Tensor:
-    """True for each group (P) whose rewards are all the same; completions without a reward (NaN) do not count."""
+    """True for each group (P) whose rewards are all the same; completions without a reward (NaN) do not count.
+
+    The same to within float32's rounding, which grows with the rewards.
+    """
     reward_PG = _groups(reward_B, G)
-    highest_P = reward_PG.nan_to_num(nan=float("-inf")).amax(1)
-    return (highest_P - reward_PG.nan_to_num(nan=float("inf")).amin(1)) < SPREAD
+    spread_P = reward_PG.nan_to_num(nan=float("-inf")).amax(1) - reward_PG.nan_to_num(nan=float("inf")).amin(1)
+    return spread_P <= SPREAD * reward_PG.nan_to_num(nan=0.0).abs().amax(1)
 
 
 def in_groups(advantage: Advantage, reward_B: Tensor, G: int, config: ObjectiveConfig) -> Tensor:

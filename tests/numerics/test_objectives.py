@@ -243,6 +243,12 @@ def test_group_without_spread_teaches_nothing(name):
         assert advantage_B.sum().item() == pytest.approx(0, abs=1e-5)
 
 
+def test_whether_a_group_has_spread_does_not_depend_on_the_unit_of_rewards():
+    reward_B = torch.tensor([0.1, 0.1 + 1e-8, 0.0, 0.0, 0.2, 0.3])
+    for unit in (1e-9, 1.0, 3e7):
+        assert zero_spread(unit * reward_B, 2).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_groups_do_not_see_each_other(name):
     one, two = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([100.0, 90.0, 95.0])
