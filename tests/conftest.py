@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from rgrl.models import Policy, load_policy
 
 os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+# A shell's background process inherits that Ctrl-C is ignored: tests of it would say how pytest was started.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
