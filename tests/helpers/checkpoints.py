@@ -1,11 +1,12 @@
 """Tiny checkpoints in the authors' own formats, with random weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -140,6 +141,25 @@ def write_a2d(folder: Path, kind: str = "qwen3", seed: int = 0, shards: int = 1,
         weights.pop("lm_head.weight")
     save(config, weights, folder, shards)
     save_fast_tokenizer(folder, mask_token="<|mask|>")
+    return folder
+
+
+def shortened(source: Path, folder: Path) -> Path:
+    """A checkpoint of one file with its first and its last layer only."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    last = config["num_hidden_layers"] - 1
+    config["num_hidden_layers"] = 2
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][i] for i in (0, last)]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    kept = {
+        k: v
+        for k, v in weights.items()
+        if not (found := re.search(r"layers\.(\d+)\.", k)) or int(found[1]) in (0, last)
+    }
+    save_file({k.replace(f"layers.{last}.", "layers.1."): v for k, v in kept.items()}, folder / "model.safetensors")
     return folder
 
 

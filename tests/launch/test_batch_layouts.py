@@ -7,7 +7,7 @@ import bench
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoints import REPO
+from checkpoints import REPO, shortened
 from launched_step import step
 from processes import FSDP2, HELPERS, finish, free_port, launch_file, left_by, start
 from training import changed, resolved, write
@@ -22,15 +22,19 @@ HOW = ("ranks", "calls", "held", "split", "completions")
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory) -> dict:
-    """The shipped models, whose rows end at different lengths, with everything that draws random numbers turned on."""
+    """The shipped models, whose rows end at different lengths, with everything that draws random numbers turned on.
+
+    Of their layers the first and the last: how a step is divided does not hang on their number, its time does.
+    """
     folder = REPO / "recipes" / "reviews"
+    models = {name: shortened(folder / name, tmp_path_factory.mktemp(name)) for name in ("policy", "reward", "judge")}
     data = {"path": str(folder / "train.jsonl"), "eval_path": str(folder / "eval.jsonl")}
     return {
-        "model": {"path": str(folder / "policy")},
+        "model": {"path": str(models["policy"])},
         "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
         "data": data | {"max_prompt_length": 24, "eval_prompts": 3},
-        "reward": {"path": str(folder / "reward")},
-        "judge": {"path": str(folder / "judge")},
+        "reward": {"path": str(models["reward"])},
+        "judge": {"path": str(models["judge"])},
         "rollout": {"num_generations": 2, "max_completion_length": 12, "steps": 8, "position_temperature": 0.1},
         "objective": {"name": "grpo", "beta": 0.1, "kl": "full", "prompt_mask": 0.3, "iterations": 2},
         "gradient": {"weight": 0.5, "kl": 0.4, "states": "late"},
