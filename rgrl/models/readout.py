@@ -65,6 +65,9 @@ def cross_entropy_to_old(places: Places) -> Tensor:
     return -(old_NV * finite_log_softmax(places.logits_NV)).sum(-1)
 
 
+# Logits of a chunk: 8 MiB and 256 MiB in float32.
+CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
+
 READOUTS: dict[str, Readout] = {
     "token_logp": token_logp,
     "entropy": entropy,
@@ -122,4 +125,4 @@ def summed_probabilities(
 
 def places_of_a_chunk(states_NH: Tensor, vocab_size: int) -> int:
     """How many places' logits are made at a time."""
-    return max(1, (2**26 if states_NH.is_cuda else 2**21) // vocab_size)
+    return max(1, (GPU_CHUNK if states_NH.is_cuda else CPU_CHUNK) // vocab_size)

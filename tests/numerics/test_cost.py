@@ -10,7 +10,7 @@ from toys import all_hidden, random_guide, rollout_of, steered
 
 from rgrl.algo.estimators import draw_one_step, only_logp, weighted_sum
 from rgrl.config import Config, GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig, RunConfig
-from rgrl.models import add_lora, load_policy
+from rgrl.models import add_lora, load_policy, readout
 from rgrl.models.lora import adapter_parameters
 from rgrl.rewards import load_classifier
 from rgrl.rollout import generate
@@ -50,10 +50,17 @@ def test_guidance_needs_two_moments_and_little_else(M, tensors):
     assert bench.peak_memory(run, CPU) < tensors * 4 * N * V
 
 
-def test_the_update_projects_in_chunks_and_its_gradient_is_that_of_full_logits():
+@pytest.fixture
+def vocab(monkeypatch) -> int:
+    """A quarter of Dream's vocabulary, with chunks that hold a quarter too: the same chunks of as many places."""
+    monkeypatch.setattr(readout, "CPU_CHUNK", readout.CPU_CHUNK // 4)
+    return 151_936 // 4
+
+
+def test_the_update_projects_in_chunks_and_its_gradient_is_that_of_full_logits(vocab):
     tiny = bench.SHAPES["tiny"]
     narrow = tiny.policy | {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
-    shape = dataclasses.replace(tiny, vocab=151_936, policy=narrow)
+    shape = dataclasses.replace(tiny, vocab=vocab, policy=narrow)
     policy, _ = bench.make_models(shape, CPU)
     add_lora(policy, LoraConfig(r=4), seed=0)
     parameters = adapter_parameters(policy)
@@ -85,11 +92,11 @@ def test_the_update_projects_in_chunks_and_its_gradient_is_that_of_full_logits()
         torch.testing.assert_close(chunked[name], g, rtol=1e-5, atol=1e-5)
 
 
-def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_logits():
+def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_logits(vocab):
     tiny = bench.SHAPES["tiny"]
     narrow = tiny.policy | {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
     B, width, C = 8, 32, 32
-    sizes = {"vocab": 151_936, "policy": narrow, "rows": B, "prompt": width, "completion": C, "steps": C}
+    sizes = {"vocab": vocab, "policy": narrow, "rows": B, "prompt": width, "completion": C, "steps": C}
     work = bench.Workload(dataclasses.replace(tiny, **sizes), CPU)
     run = bench.Steps(work).runs["none + gradient"]
     run.config = dataclasses.replace(run.config, objective=ObjectiveConfig(weight=0.0))

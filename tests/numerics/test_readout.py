@@ -6,11 +6,19 @@ import torch
 
 from rgrl.algo.reward_gradient import expected_text
 from rgrl.config import RolloutConfig
+from rgrl.models import readout
 from rgrl.models.readout import READOUTS, read_out
 from rgrl.rollout.sampling import sampled_logp
 
-V, H, D, MASK = 300_000, 8, 5, 7  # so many tokens that a chunk holds six places
+V, H, D, MASK = 37_500, 8, 5, 7
+CHUNK = 2**18  # logits: six places
 N = 20
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """An eighth of what a chunk is otherwise, with an eighth of the largest vocabularies."""
+    monkeypatch.setattr(readout, "CPU_CHUNK", CHUNK)
 
 
 @pytest.fixture(scope="module")
