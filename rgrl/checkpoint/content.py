@@ -9,7 +9,9 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +83,16 @@ def about(folder: Path) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=4)
+def _yaml(text: str) -> Any:
+    """Parsing settings takes a tenth of a second, and each of the checks on resuming asks for them."""
+    return yaml.safe_load(text)
+
+
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings of a checkpoint, by section; those that this version does not know too. Raises `ConfigError`."""
     path = folder / "config.yaml"
-    found = read_file(path, lambda path: yaml.safe_load(path.read_text(encoding="utf-8")))
+    found = read_file(path, lambda path: deepcopy(_yaml(path.read_text(encoding="utf-8"))))
     rules: Rules = {name: lambda value: isinstance(value, dict) and all(map(_text, value)) for name in SECTIONS}
     _follow(path, found, rules, ("model", "lora", "data", "reward", "rollout", "guidance", "run"))
     for name in SECTIONS.keys() & found.keys():
