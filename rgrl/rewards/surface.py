@@ -156,7 +156,7 @@ def _whole(text: str) -> bytes | None:
 
 def _byte_level(token: str) -> bytes | None:
     try:
-        return bytes(_TO_BYTES[letter] for letter in token)
+        return bytes(map(_TO_BYTES.__getitem__, token))
     except KeyError:
         return token.encode()  # as the decoder does
 
