@@ -127,19 +127,20 @@ def test_accumulation_changes_no_number_of_others(reviews, tmp_path, sections):
 
 @pytest.mark.parametrize("block_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_blocks_do_not_depend_on_the_rows_beside_them(reviews, tmp_path, block_cache):
+    # The whole policy, as texts of one with fewer layers seldom end.
+    reviews = changed(reviews, model={"path": str(REPO / "recipes" / "reviews" / "policy")})
     rollouts, rows = [], {"prompts_per_device": 8, "eval_steps": 0}
-    for micro_batch in (0, 1, 3):
+    for micro_batch in (0, 3):  # all 16 rows, and by threes: the last is alone
         blocks = {"block_length": 6, "block_cache": block_cache}
         sections = {"rollout": blocks | {"micro_batch": micro_batch, "steps": 12}, "run": rows}
         # Unguided, because guidance magnifies the last digits.
         config = resolved(changed(reviews, guidance={"kind": "none"}, **sections), tmp_path)
         rollouts.append(vars(rollout_step(set_up(config, Accelerator()), 1, Clock()).rollout))
-    whole, *others = rollouts
+    whole, divided = rollouts
     last_B = torch.where(whole["completion_mask_BC"], whole["unmask_step_BC"], -1).amax(1)
     assert (last_B % 6 < 5).sum() >= 2, "no rows that end inside a block"
-    for other in others:
-        for name, value in whole.items():
-            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: name)
+    for name, value in whole.items():
+        torch.testing.assert_close(divided[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: name)
 
 
 def test_micro_batches_bound_the_memory_of_a_rollout(reviews, tmp_path):
