@@ -624,12 +624,12 @@ def interruptible(script: Path, *words: object, **more: str) -> subprocess.Popen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["rollout", "update", "save"])
+@pytest.mark.parametrize("place", ["update", "save"])  # test_faults.py has the rollout
 def test_ctrl_c_saves_and_a_second_one_ends_the_run_at_once(tiny, tmp_path, place):
     config, output = slow_run(tiny, tmp_path), tmp_path / "run"
     slowly = "import os, time; flush = os.fsync; os.fsync = lambda file: (time.sleep(0.3), flush(file))"
     script = altered_train(tmp_path, slowly) if place == "save" else TRAIN
-    fault = {"rollout": "reward:2:0:SIGINT", "update": "loss:2:0:SIGINT", "save": "none:0:1:"}[place]
+    fault = {"update": "loss:2:0:SIGINT", "save": "none:0:1:"}[place]
     words = ["--config", config, "--run.output_dir"]
     process = interruptible(script, *words, output, FAULT=fault)
     if place == "save":
@@ -639,7 +639,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_the_run_at_once(tiny, tmp_path, plac
     assert "Traceback" not in told and told.count("Ctrl-C again ends the run at once") == 1
     assert "on SIGINT; all is saved" in told and not (output / "requeue").exists()
     step = int(saved(output)[-1].removeprefix("step_"))
-    assert step >= {"rollout": 1, "update": 2, "save": 2}[place]
+    assert step >= 2
     assert [line["step"] for line in untimed(output)] == list(range(1, step + 1))
     if place != "save":
         return

@@ -137,7 +137,7 @@ def test_every_row_says_whether_it_was_guided_and_has_parts_and_columns(task, tm
 def test_the_temperature_is_that_of_evaluations_alone(task, tmp_path):
     """Training does not see it, `rgrl sample` does."""
     greedy = changed(task, eval={"temperature": 0})
-    outputs = [go(config, tmp_path, output_dir=name) for name, config in (("a", task), ("b", greedy))]
+    outputs = [go(config, tmp_path, output_dir=name, eval_steps=2) for name, config in (("a", task), ("b", greedy))]
     trained, other = ({k: v for k, v in tables(output).items() if k.startswith("train")} for output in outputs)
     assert trained == other
     first, second = (tables(output)["eval_000000.parquet"] for output in outputs)

@@ -16,7 +16,9 @@ from rgrl.terms import objective_gradient, prepare
 def updates(tiny, tmp_path, move: float, **objective) -> list:
     """What the objective is given at each of three updates, all parameters moved by `move` after each."""
     settings = {"name": "grpo", "iterations": 3, "beta": 0.1, **objective}
-    tiny = changed(tiny, objective=settings, lora={"dropout": 0.3}, run={"gradient_accumulation_steps": 2})
+    tiny = changed(
+        tiny, objective=settings, lora={"dropout": 0.3}, run={"gradient_accumulation_steps": 2, "eval_steps": 0}
+    )
     run = set_up(resolved(tiny, tmp_path), Accelerator(cpu=True))
     seen, loss = [], run.algorithm.objective.loss
 
@@ -56,7 +58,7 @@ def test_the_policy_of_before_is_that_of_before_the_first_update(tiny, tmp_path)
 
 
 def test_one_update_is_the_same_either_way_and_several_are_not(tiny, tmp_path):
-    tiny = changed(tiny, objective={"name": "grpo"}, run={"steps": 1})
+    tiny = changed(tiny, objective={"name": "grpo"}, run={"steps": 1, "eval_steps": 0})
     outs = [
         go(changed(tiny, objective={"redraw": redraw, "iterations": n}), tmp_path, output_dir=f"{redraw}{n}")
         for redraw in (False, True)

@@ -18,6 +18,12 @@ from rgrl.trainer import train
 TERM = {"weight": 1.0, "measure_steps": 0}
 
 
+@pytest.fixture
+def tiny(tiny) -> dict:
+    """Without evaluations, which have nothing to do with it."""
+    return changed(tiny, run={"eval_steps": 0})
+
+
 @pytest.mark.parametrize(
     ("objective", "gradient", "passes"),
     [
@@ -30,7 +36,7 @@ TERM = {"weight": 1.0, "measure_steps": 0}
     ],
 )
 def test_what_is_turned_off_makes_no_forward_pass(tiny, tmp_path, objective, gradient, passes):
-    config = changed(tiny, objective={"iterations": 2, **objective}, gradient=gradient, run={"eval_steps": 0})
+    config = changed(tiny, objective={"iterations": 2, **objective}, gradient=gradient)
     _, told = step(resolved(config, tmp_path))
     assert told["calls"]["update"] == passes
     assert ("grad_norm/gradient" in told) == (len(gradient) > 0 and "weight" not in objective)
@@ -101,14 +107,14 @@ SECTIONS = {
 def test_each_way_trains(tiny, tmp_path, name):
     term = {"gradient": {"weight": 1.0}} if "gradient" in SECTIONS[name] else {}
     tiny = changed(changed(tiny, objective={"iterations": 2}, **term), **SECTIONS[name])
-    lines = untimed(go(tiny, tmp_path, eval_steps=0))
+    lines = untimed(go(tiny, tmp_path))
     assert all(line["grad_norm"] > 1e-4 and line["update/skipped"] == 0 for line in lines)
     assert ("gradient/reward" in lines[0]) == bool(term)
 
 
 def test_gradients_can_be_kept_over_the_updates_of_a_rollout(tiny, tmp_path):
     tiny = changed(tiny, objective={"weight": 0.0, "iterations": 3}, gradient=TERM | {"reuse": True})
-    _, told = step(resolved(changed(tiny, run={"eval_steps": 0}), tmp_path))
+    _, told = step(resolved(tiny, tmp_path))
     assert told["calls"]["update"] == 1 + 3, "the base once, the policy at each update"
     run = set_up(resolved(tiny, tmp_path), Accelerator())
     calls, batch = [], prepare(run, rollout_step(run, 0, Clock()), 0)
@@ -158,5 +164,5 @@ def test_one_completion_a_prompt_is_enough_for_the_rewards_gradient_alone(tiny, 
     tiny = changed(tiny, rollout={"num_generations": 1}, gradient=TERM)
     with pytest.raises(ConfigError, match=r"`rollout.num_generations` must be at least 2"):
         train(resolved(tiny, tmp_path))
-    output = go(changed(tiny, objective={"weight": 0.0}), tmp_path, output_dir="alone", eval_steps=0)
+    output = go(changed(tiny, objective={"weight": 0.0}), tmp_path, output_dir="alone")
     assert all(line["grad_norm"] > 1e-3 for line in untimed(output))
