@@ -47,14 +47,14 @@ def test_texts_and_rewards_of_a_mixed_group_stay_with_their_rows(made):
 
 def test_guidance_fades_linearly_and_is_off_at_its_end(tiny, tmp_path):
     tiny["guidance"] |= {"eta": 0.8, "eta_final": 0.0}
-    tiny["run"] |= {"steps": 5, "eval_steps": 5}
+    tiny["run"] |= {"steps": 5, "eval_steps": 0}
     config = resolved(tiny, tmp_path)
     assert [guidance_at(config, step).eta for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     assert [guidance_at(config, step).kind for step in range(5)] == ["entrgi"] * 4 + ["none"]
     assert guidance_at(config, 9).kind == "none"
     config.guidance.eta_final = None
     assert guidance_at(config, 4).eta == 0.8
-    lines = untimed(go(tiny, tmp_path))[1:]
+    lines = untimed(go(tiny, tmp_path))
     assert [line.get("guidance/eta") for line in lines] == pytest.approx([0.8, 0.6, 0.4, 0.2, None])
     assert "guidance/changed" in lines[0] and "guidance/changed" not in lines[4]
 
@@ -90,10 +90,10 @@ def test_the_correction_is_logged_and_reaches_the_update(tiny, tmp_path):
 
 def test_what_guidance_is_worth_is_measured_on_a_probe(tiny, tmp_path):
     tiny["guidance"] |= {"steps": 3, "eta": 1.0, "probe_prompts": 3}
-    line = untimed(go(tiny, tmp_path))[0]
+    line = untimed(go(tiny, tmp_path, steps=1))[0]
     assert line["guidance/reward_before"] != line["guidance/reward_after"]
     tiny["guidance"] = {"kind": "none"}
-    unguided = untimed(go(tiny, tmp_path, output_dir="unguided"))[0]
+    unguided = untimed(go(tiny, tmp_path, output_dir="unguided", steps=1))[0]
     assert not [key for key in unguided if key.startswith(("guidance/", "correction/"))]
     assert all(line[key] == value for key, value in unguided.items()), "the probe changes nothing else"
 
