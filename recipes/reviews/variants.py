@@ -24,6 +24,12 @@ GRADIENT = changed(
         "gradient, its block alone": "--gradient.places block",
         "gradient, no blocks": "--rollout.block_length 0",
         "gradient, w = 0": "--gradient.blend expectation",
+        "gradient, w = 0, kl 4": "--gradient.blend expectation --gradient.kl 4",
+        "gradient, w = 0, kl 6": "--gradient.blend expectation --gradient.kl 6",
+        "gradient, w = 0, kl 4, falling rate": "--gradient.blend expectation --gradient.kl 4 --optim.schedule linear "
+        "--optim.learning_rate 6e-4",
+        "gradient, unguided, kl 4": "--guidance.kind none --gradient.kl 4",
+        "gradient, unguided, w = 0, kl 4": "--guidance.kind none --gradient.blend expectation --gradient.kl 4",
         "gradient, w = 1": "--gradient.blend aps",
         "gradient, kl 1": "--gradient.kl 1",
         "gradient, kl 4": "--gradient.kl 4",
