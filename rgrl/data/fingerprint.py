@@ -24,6 +24,8 @@ def fingerprint(prompts: SomePrompts) -> dict[str, str]:
 
 def _plain(value: Any) -> Any:
     """What stands for a value that JSON lacks: the same in every process, so no address in memory."""
+    if isinstance(value, (set, frozenset)):  # in no order, whatever the process's hash seed
+        return [type(value).__name__, *sorted(json.dumps(one, sort_keys=True, default=_plain) for one in value)]
     content = value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else None
     if content is not None:  # bytes; arrays and images, whose `repr` leaves most of them out
         return [type(value).__name__, hashlib.sha256(content).hexdigest()]

@@ -185,12 +185,12 @@ class Odd:
 
 RECORDED = {
     "prompts": "1 prompts (SHA-256 148de9c5a7a44d19)",
-    "rows": "c6144ad08a6b1d51d4670a449a1488cf728f823e7052ab6c0ecf6bf7041d5cd8",
+    "rows": "d08f18267acd196ab3e6dfe2e51b6e7772f064f3469a4a075a42c927c826a4eb",
 }
 
 
 def test_the_same_in_every_process(monkeypatch):
     """Compared with a process of another time: what hangs on addresses or the order of hashes would not be this."""
     monkeypatch.setattr(Odd, "__module__", "__main__")
-    row = {"prompt": "p", "o": Odd(), "d": datetime.date(2024, 1, 1), "b": b"x", "s": "text"}
+    row = {"prompt": "p", "o": Odd(), "d": datetime.date(2024, 1, 1), "b": b"x", "s": "text", "set": {"a", "b", "c", 1}}
     assert of_data(Prompts(["p"], [row])) == RECORDED
