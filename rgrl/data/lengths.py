@@ -1,6 +1,5 @@
 """How long prompts are to the policy, and what becomes of those that are too long, too short, or nothing to it."""
 
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
@@ -71,15 +70,12 @@ def fit_both(
         return training, evaluation
     changed_P = np.isin(training.number_P, list(training.cuts))
     seen = training if evaluation.cuts else training.only(changed_P)  # whole texts were compared before
-    trained = {_digest(text) for batch in seen.batches() for text in batch.texts}
-    apart_P = np.array([_digest(text) not in trained for text in evaluation.texts])
+    held_out = set(evaluation.texts)  # few, where those of training may be millions
+    trained = {text for batch in seen.batches() for text in batch.texts if text in held_out}
+    apart_P = np.array([text not in trained for text in evaluation.texts])
     if not apart_P.any():
         raise ConfigError(f"{evaluation.source}: every evaluation prompt is trained on too, once they are cut")
     return training, evaluation.only(apart_P, trained=int((~apart_P).sum()))
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def _look(

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rgrl.algo.advantages import zero_spread
 from rgrl.errors import ConfigError
-
-SPREAD = 1e-6  # a group whose values differ by no more than this, as a fraction of the largest, counts 0
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,11 @@ def normalised(r_B: Tensor, G: int) -> Tensor:
     Of the completions that have a reward (others stay NaN). 0 in a group whose values are all equal.
     """
     result_B = r_B.clone()
-    for group_G in result_B.view(-1, G):
+    for group_G, same in zip(result_B.view(-1, G), zero_spread(r_B, G).tolist(), strict=True):
         rated_G = ~group_G.isnan()
         r_N = group_G[rated_G].double()
-        if len(r_N):
-            spread = float(r_N.amax() - r_N.amin())
-            scale = SPREAD * float(r_N.abs().amax())  # rounding is as large as that, and no more
-            z_N = (r_N - r_N.mean()) / r_N.std() if spread > scale else torch.zeros_like(r_N)
-            group_G[rated_G] = z_N.to(group_G.dtype)
+        z_N = torch.zeros_like(r_N) if same else (r_N - r_N.mean()) / r_N.std()
+        group_G[rated_G] = z_N.to(group_G.dtype)
     return result_B
 
 
