@@ -68,6 +68,7 @@ GUIDED = changed(
         "half guided": "",
         "half guided + gradient": f"{TERM} 1 --gradient.kl 3 --objective.beta 0",
         "half guided + half gradient": f"{TERM} 0.5 --gradient.kl 3 --objective.beta 0",
+        "half guided + half gradient, kl 5": f"{TERM} 0.5 --gradient.kl 5 --objective.beta 0",
         "half guided, full KL": "--objective.kl full",
         "half guided, falling rate": "--optim.schedule linear --optim.learning_rate 6e-4",
     },
