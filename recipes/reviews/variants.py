@@ -31,6 +31,7 @@ GRADIENT = changed(
         "gradient, unguided, kl 4": "--guidance.kind none --gradient.kl 4",
         "gradient, unguided, w = 0, kl 4": "--guidance.kind none --gradient.blend expectation --gradient.kl 4",
         "gradient, unguided, w = 0, kl 6": "--guidance.kind none --gradient.blend expectation --gradient.kl 6",
+        "gradient, unguided, w = 0, kl 10": "--guidance.kind none --gradient.blend expectation --gradient.kl 10",
         "gradient, w = 1": "--gradient.blend aps",
         "gradient, kl 1": "--gradient.kl 1",
         "gradient, kl 4": "--gradient.kl 4",
