@@ -116,9 +116,11 @@ SPARSE: Variants = {
     "sparse, guided": ("sparse", []),
     "sparse, half guided": ("sparse", ["--guidance.share", "0.5"]),
     "sparse, guided, corrected": ("sparse", ["--objective.correction", "truncate"]),
+    # The term of rgrl.yaml, of the guide, beside the rule's policy gradient.
     "sparse, the guide's gradient too": (
         "sparse",
-        "--gradient.weight 1 --gradient.of guide --gradient.kl 2 --gradient.states late".split(),
+        "--gradient.weight 1 --gradient.of guide --gradient.kl 4 --gradient.blend expectation --gradient.states late "
+        "--objective.name grpo --objective.beta 0 --objective.iterations 4".split(),
     ),
 }
 SETS = {"main": MAIN, "gradient": MAIN | GRADIENT | GUIDED, "ablation": ABLATION, "bridge": BRIDGE, "sparse": SPARSE}
