@@ -72,7 +72,8 @@ def run(variants: Variants, name: str, seed: int, steps: int, args: argparse.Nam
     if not lines or lines[-1]["step"] != steps:
         path, *overrides = words_of(variants, name)
         words = ["--config", path, *overrides, "--run.seed", str(seed), "--run.steps", str(steps)]
-        words += ["--run.eval_steps", str(max(1, steps // args.evals)), "--run.save_steps", str(max(1, steps // 4))]
+        words += ["--data.eval_prompts", "64", "--run.eval_steps", str(max(1, steps // args.evals))]
+        words += ["--run.save_steps", str(max(1, steps // 4))]
         words += ["--judge.path", str(args.judge), "--tracking.wandb", "false", "--tracking.completions_steps", "0"]
         words += ["--guidance.probe_prompts", "0", "--run.output_dir", str(folder)]
         words += ["--run.keep_checkpoints", "1", "--run.resume_from_checkpoint", "auto"]
