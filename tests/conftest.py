@@ -73,7 +73,7 @@ def tiny_in(dream_dir, reward_dir, judge_dir) -> Callable[[Path], dict]:
 def tiny_settings(folder: Path, dream_dir: Path, reward_dir: Path, judge_dir: Path) -> dict:
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
-    run = {"output_dir": str(folder / "run"), "steps": 2, "save_steps": 1, "eval_steps": 1, "prompts_per_device": 2}
+    run = {"output_dir": str(folder / "run"), "steps": 2, "save_steps": 1, "eval_steps": 2, "prompts_per_device": 2}
     return {
         "model": {"path": str(dream_dir)},
         "lora": {"r": 4, "alpha": 8},

@@ -88,7 +88,7 @@ def test_the_step_itself_is_one_that_could_tell(whole):
 @pytest.mark.parametrize(
     ("sections", "rollouts", "updates"),
     [
-        ({"run": {"gradient_accumulation_steps": 8}}, 1, 64),
+        pytest.param({"run": {"gradient_accumulation_steps": 8}}, 1, 64, marks=pytest.mark.slow),
         ({"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 32),
         # The activations of both updates are computed again, of both terms.
         ({"rollout": {"micro_batch": 1}, "run": {"gradient_checkpointing": True}}, 8, 12),
@@ -106,8 +106,11 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
 @pytest.mark.parametrize(
     "sections",
     [
-        {"objective": {"name": "likelihood"}, "gradient": {"weight": 0.0}},
-        {"objective": {"name": "tilt_matching", "advantage": "tilted"}, "gradient": {"loss": "distil", "blend": "aps"}},
+        pytest.param({"objective": {"name": "likelihood"}, "gradient": {"weight": 0.0}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"objective": {"name": "tilt_matching", "advantage": "tilted"}, "gradient": {"loss": "distil", "blend": "aps"}},
+            marks=pytest.mark.slow,
+        ),
         # The reward's gradient alone, of two states a row, in blocks.
         {
             "objective": {"weight": 0.0},

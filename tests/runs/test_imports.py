@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import rgrl
 
 ROOT = Path(rgrl.__file__).parent
@@ -144,6 +146,7 @@ def test_the_command_line_itself_imports_next_to_nothing():
     run("import sys, rgrl.cli; assert not {'torch', 'transformers', 'pydantic', 'pyarrow'} & set(sys.modules)")
 
 
+@pytest.mark.slow
 def test_core_imports_without_datasets_and_wandb():
     code = f"""
 import importlib, sys

@@ -33,7 +33,7 @@ COLUMNS = {
 
 
 def test_tables_and_picture_of_a_run(tiny, tmp_path):
-    output = go(tiny, tmp_path)
+    output = go(tiny, tmp_path, eval_steps=1)
     found = tables(output)
     names = ["eval_000000", "eval_000001", "eval_000002", "train_000001", "train_000002"]
     assert list(found) == [f"{name}.parquet" for name in names]
