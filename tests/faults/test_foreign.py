@@ -485,7 +485,7 @@ def test_a_run_goes_on_where_nothing_has_a_reward(trained, tmp_path):
         "def f(completions, answer): return [None if a % 2 else float(len(c)) for c, a in zip(completions, answer)]",
     )
     config = changed(trained, run={"steps": 3, "prompts_per_device": 1}, rollout={"num_generations": 4})
-    output = go(config, tmp_path)
+    output = go(config, tmp_path, eval_steps=1)
     rows = {step: tables(output)[f"train_{step:06d}.parquet"] for step in (1, 2, 3)}
     lines = untimed(output)
     for step, table in rows.items():
