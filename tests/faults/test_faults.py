@@ -71,7 +71,13 @@ def send(name: str):
 
 # One handler takes all three; only Ctrl-C is told apart in what follows.
 @pytest.mark.parametrize(
-    ("place", "name"), [("reward", "SIGTERM"), ("loss", "SIGUSR1"), ("reward", "SIGINT"), ("loss", "SIGINT")]
+    ("place", "name"),
+    [
+        ("reward", "SIGTERM"),
+        ("loss", "SIGINT"),
+        pytest.param("loss", "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("reward", "SIGINT", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_the_phase_saves_and_loses_nothing(risky, whole, tmp_path, name, place):
     # The third call of the reward is in the rollout of step 2, the second of the loss in the update of step 2.

@@ -89,7 +89,9 @@ def test_the_step_itself_is_one_that_could_tell(whole):
     ("sections", "rollouts", "updates"),
     [
         pytest.param({"run": {"gradient_accumulation_steps": 8}}, 1, 64, marks=pytest.mark.slow),
-        ({"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 32),
+        pytest.param(
+            {"rollout": {"micro_batch": 3}, "run": {"gradient_accumulation_steps": 4}}, 3, 32, marks=pytest.mark.slow
+        ),
         # The activations of both updates are computed again, of both terms.
         ({"rollout": {"micro_batch": 1}, "run": {"gradient_checkpointing": True}}, 8, 12),
     ],
@@ -108,7 +110,10 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(reviews, whole, tmp_path, 
     [
         pytest.param({"objective": {"name": "likelihood"}, "gradient": {"weight": 0.0}}, marks=pytest.mark.slow),
         pytest.param(
-            {"objective": {"name": "tilt_matching", "advantage": "tilted"}, "gradient": {"loss": "distil", "blend": "aps"}},
+            {
+                "objective": {"name": "tilt_matching", "advantage": "tilted"},
+                "gradient": {"loss": "distil", "blend": "aps"},
+            },
             marks=pytest.mark.slow,
         ),
         # The reward's gradient alone, of two states a row, in blocks.
