@@ -663,7 +663,7 @@ def test_a_reward_that_forks_mutates_and_moves_changes_nothing(trained, tmp_path
 def test_a_reward_that_exits_ends_the_run_as_one_that_raises(trained, tmp_path, monkeypatch):
     module(tmp_path, DEEDS)
     monkeypatch.chdir(tmp_path)
-    config = changed(trained, reward={"functions": {"own:leave": 1.0}})
+    config = changed(trained, reward={"functions": {"own:leave": 1.0}}, run={"eval_steps": 1})
     printed = finish(start(TRAIN, "--config", write(config, tmp_path)), 2)
     [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "reward 'leave' raised SystemExit: 0" in line and "own.py, line 14" in line and "Traceback" not in printed

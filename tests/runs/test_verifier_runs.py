@@ -45,9 +45,9 @@ def test_a_model_guides_and_verifiers_score(verified, tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_of_verifiers_is_the_same(verified, tmp_path):
-    whole = go(verified, tmp_path, output_dir="whole")
-    go(verified, tmp_path, output_dir="parts", steps=1)
-    parts = go(verified, tmp_path, output_dir="parts", resume_from_checkpoint="latest")
+    whole = go(verified, tmp_path, output_dir="whole", eval_steps=1)
+    go(verified, tmp_path, output_dir="parts", steps=1, eval_steps=1)
+    parts = go(verified, tmp_path, output_dir="parts", eval_steps=1, resume_from_checkpoint="latest")
     assert_same_run(whole, parts, 2)
 
 
