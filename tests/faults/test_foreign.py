@@ -649,7 +649,7 @@ def test_a_reward_that_forks_mutates_and_moves_changes_nothing(trained, tmp_path
     monkeypatch.chdir(tmp_path)
     for name in ("still", "fork"):
         reward = {"functions": {"length": {"function": f"own:{name}"}}, "name": "model"}
-        config = changed(trained, reward=reward, run={"output_dir": name})
+        config = changed(trained, reward=reward, run={"output_dir": name, "eval_steps": 1})
         printed = finish(start(TRAIN, "--config", write(config, tmp_path), WAITING=str(tmp_path / "child")))
         assert "Traceback" not in printed and "error" not in printed
     children = [int(path.suffix[1:]) for path in tmp_path.glob("child.*")]
