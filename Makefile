@@ -14,4 +14,4 @@ slow:
 	pytest -m slow
 
 golden:
-	RGRL_WRITE_GOLDEN=1 pytest -n 0 tests/runs/test_golden.py
+	RGRL_WRITE_GOLDEN=1 pytest -n 0 tests/golden
