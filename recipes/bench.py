@@ -41,14 +41,14 @@ from rgrl.config import (
 )
 from rgrl.data import PromptStream
 from rgrl.models import add_lora
-from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.families import find_family
 from rgrl.models.lora import adapter_parameters
 from rgrl.models.policy import Policy
+from rgrl.models.text import count_positions, pad_left
 from rgrl.rewards import Rewards
 from rgrl.rewards.classifier import ClassifierReward
 from rgrl.rollout import generate
-from rgrl.rollout.schedule import commit_schedule
+from rgrl.rollout.denoise import commit_schedule
 from rgrl.runtime.clock import Clock
 from rgrl.seeds import generators
 from rgrl.setup import Run, resolve_readouts

@@ -35,9 +35,8 @@ from rgrl.algo.reward_gradient import (
 )
 from rgrl.config import Config
 from rgrl.models.lora import adapter_parameters
-from rgrl.models.readout import Places, Readout, kl_to_reference, read_out, summed_probabilities
+from rgrl.models.readout import Places, Readout, finite_log_softmax, kl_to_reference, read_out, summed_probabilities
 from rgrl.rollout.guidance import Guide
-from rgrl.rollout.sampling import finite_log_softmax
 from rgrl.runtime.collectives import global_rows, reduce_sum, take_gradient
 from rgrl.seeds import generators, row_keys
 from rgrl.setup import Run

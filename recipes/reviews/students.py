@@ -12,7 +12,7 @@ from policies import SPECIALS, VOCAB
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForSequenceClassification
 
-from rgrl.models.batch import pad_left
+from rgrl.models.text import pad_left
 
 LM_STEPS, STEPS, ROWS = 100, 560, 96
 GROUP = 32  # rows of a forward pass

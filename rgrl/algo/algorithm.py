@@ -13,7 +13,7 @@ from rgrl.algo.own import own_advantage, own_estimator, own_objective
 from rgrl.config import Config, ObjectiveConfig
 from rgrl.errors import ConfigError
 from rgrl.plugins import is_own, resolve
-from rgrl.rollout.select import IGNORES_SAMPLES
+from rgrl.rollout.sampling import IGNORES_SAMPLES
 
 NEEDS = frozenset({"old", "ref", "behaviour", "reference_states", "old_states", "row_gradients"})
 

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from rgrl.config import GradientConfig, RolloutConfig
+from rgrl.models.readout import finite_log_softmax
+from rgrl.rollout.denoise import write_schedule
 from rgrl.rollout.guidance import Guide, Hidden, normalised_entropy, reward_gradient, shown_to_reward
-from rgrl.rollout.sampling import finite_log_softmax, support_of
-from rgrl.rollout.schedule import write_schedule
+from rgrl.rollout.sampling import support_of
 from rgrl.types import Rollout
 
 # Metrics of the term that are means over something else than rows: the sums that they are divided by.

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rgrl.errors import ConfigError
-from rgrl.models.batch import count_positions
+from rgrl.models.policy import mask_for
+from rgrl.models.text import count_positions
 
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -43,21 +44,6 @@ def attend_both_ways(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
-
-
-def mask_for(implementation: str, attention_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """The mask that lets the last `queries` places see every attended place, as a kernel takes it.
-
-    `attention_BL` is False on padding. For `sdpa` bool_B1QL, for `eager` what is added to the scores, in `dtype`; flash
-    attention takes bool_BL.
-    """
-    if implementation in _PACKAGES:
-        return attention_BL
-    # In the shape that attention takes: transformers would inspect a mask by token, and a GPU would have to wait.
-    mask_B1QL = attention_BL[:, None, None].expand(-1, 1, queries, -1)
-    if implementation == "sdpa":
-        return mask_B1QL
-    return torch.zeros_like(mask_B1QL, dtype=dtype).masked_fill(~mask_B1QL, torch.finfo(dtype).min)
 
 
 @torch.no_grad()

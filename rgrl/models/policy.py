@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
-from rgrl.models.attention import mask_for
-from rgrl.models.batch import count_positions, pad_left
 from rgrl.models.dropout import RowKeys
 from rgrl.models.families import Family
 from rgrl.models.reader import Reader
 from rgrl.models.readout import Readout, read_out, token_logp
 from rgrl.models.sharding import Lockstep, shard_layers
-from rgrl.models.text import token_rows
+from rgrl.models.text import count_positions, pad_left, token_rows
 from rgrl.types import PrefixCache, Prompt
+
+FLASH = frozenset({"flash_attention_2", "flash_attention_3"})
 
 
 class Policy(nn.Module):
@@ -208,3 +208,18 @@ class Policy(nn.Module):
             self.tokenizer.decode(ids[~ended].tolist(), skip_special_tokens=True)
             for ids, ended in zip(completion_BC, ended_BC, strict=True)
         ]
+
+
+def mask_for(implementation: str, attention_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """The mask that lets the last `queries` places see every attended place, as a kernel takes it.
+
+    `attention_BL` is False on padding. For `sdpa` bool_B1QL, for `eager` what is added to the scores, in `dtype`; flash
+    attention takes bool_BL.
+    """
+    if implementation in FLASH:
+        return attention_BL
+    # In the shape that attention takes: transformers would inspect a mask by token, and a GPU would have to wait.
+    mask_B1QL = attention_BL[:, None, None].expand(-1, 1, queries, -1)
+    if implementation == "sdpa":
+        return mask_B1QL
+    return torch.zeros_like(mask_B1QL, dtype=dtype).masked_fill(~mask_B1QL, torch.finfo(dtype).min)

@@ -13,8 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from rgrl.rollout.sampling import finite_log_softmax
+
+def finite_log_softmax(logits_NV: Tensor) -> Tensor:
+    """Log-probabilities with the impossible tokens (logit -inf) at a finite -1e4, whose probability is exactly 0.
+
+    So products of probability and log-probability, and their gradients, hold no 0 x inf.
+    """
+    return logits_NV.log_softmax(-1).clamp(min=-1e4)
+
+
+def linear_head(causal_lm: PreTrainedModel, states: Tensor, vocab_size: int) -> Tensor:
+    """Logits (..., V) of final hidden states (..., H) under the model's `lm_head`, which may have more rows than V."""
+    return F.linear(states, causal_lm.lm_head.weight[:vocab_size])
 
 
 @dataclass(frozen=True)

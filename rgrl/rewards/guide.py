@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, DynamicLayer, PreTrainedModel
 
-from rgrl.models.batch import count_positions
+from rgrl.models.text import count_positions
 from rgrl.rewards.frame import Framed
 from rgrl.types import Prompts
 

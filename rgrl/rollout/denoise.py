@@ -5,16 +5,24 @@ A step is four verbs: read the masked logits, steer them, choose places, commit 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rgrl.config import RolloutConfig
 from rgrl.rollout.guidance import Guide, Hidden, steer
-from rgrl.rollout.sampling import Support, draw_uniform, drawn_from, scale_of, support_of
-from rgrl.rollout.schedule import Window, write_schedule
-from rgrl.rollout.select import certainty, confidence, most_confident, spread
+from rgrl.rollout.sampling import (
+    Support,
+    certainty,
+    confidence,
+    draw_uniform,
+    drawn_from,
+    most_confident,
+    scale_of,
+    spread,
+    support_of,
+)
 from rgrl.types import PrefixCache, Rollout
 
 
@@ -32,6 +40,33 @@ class DiffusionLM(Protocol):
     def is_end(self, ids: Tensor, /) -> Tensor:
         """True where a token ends the completion."""
         ...
+
+
+class Window(NamedTuple):
+    """One denoising step: it commits `commit` of the `hidden` tokens at places `first` ... `end` - 1 of a row."""
+
+    first: int
+    end: int
+    hidden: int
+    commit: int
+
+
+def commit_schedule(C: int, T: int) -> list[int]:
+    """How many tokens each of T steps commits: the masked fraction falls linearly from 1 to 0; they sum to C."""
+    left = [C - (C * t) // T for t in range(T + 1)]
+    return [left[t] - left[t + 1] for t in range(T)]
+
+
+def write_schedule(C: int, T: int, block: int) -> list[Window]:
+    """The window of each of T steps. Blocks of `block` tokens from left to right share the steps; 0: one block of C."""
+    block = block or C
+    n, plan = C // block, []
+    for i in range(n):
+        hidden = block
+        for commit in commit_schedule(block, T * (i + 1) // n - T * i // n):
+            plan.append(Window(i * block, (i + 1) * block, hidden, commit))
+            hidden -= commit
+    return plan
 
 
 @dataclass(frozen=True)
@@ -240,7 +275,7 @@ def denoise(
     """Unmask C tokens after each left-padded prompt in T steps (EntRGi, arXiv 2602.05000, algorithm 1).
 
     Each step takes the policy's logits at the hidden positions, steers them if `guide` is given, samples every hidden
-    position and commits the k most confident of each row (ties: select.py), k from the linear schedule. The rollout
+    position and commits the k most confident of each row (ties: sampling.py), k from the linear schedule. The rollout
     records the step of each token and its log-probability under the guided (behaviour) and the policy's own tempered,
     truncated distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
 

@@ -17,8 +17,7 @@ from rgrl.algo.estimators import ESTIMATORS
 from rgrl.algo.objectives import OBJECTIVES
 from rgrl.config import Config, GuidanceConfig, ObjectiveConfig, RolloutConfig
 from rgrl.rollout.denoise import RolloutNoise, denoise
-from rgrl.rollout.sampling import draw_uniform
-from rgrl.rollout.select import certainty
+from rgrl.rollout.sampling import certainty, draw_uniform
 from rgrl.types import LossInputs
 
 PROMPT, ROWS = [0, 2], 40_000

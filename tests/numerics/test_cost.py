@@ -14,9 +14,9 @@ from rgrl.models import add_lora, load_policy, readout
 from rgrl.models.lora import adapter_parameters
 from rgrl.rewards import load_classifier
 from rgrl.rollout import generate
+from rgrl.rollout.denoise import write_schedule
 from rgrl.rollout.guidance import Guide, steer
 from rgrl.rollout.sampling import draw_uniform, support_of
-from rgrl.rollout.schedule import write_schedule
 from rgrl.seeds import generators
 from rgrl.terms import Scored, prepare, reward_term_gradient
 from rgrl.trainer import release

@@ -10,11 +10,9 @@ from toys import noise_for, random_guide, roll_out, steered
 
 from rgrl.config import GuidanceConfig, RolloutConfig
 from rgrl.rewards import load_classifier
-from rgrl.rollout.denoise import DenoiseStats, denoise
+from rgrl.rollout.denoise import DenoiseStats, commit_schedule, denoise
 from rgrl.rollout.guidance import Hidden
-from rgrl.rollout.sampling import Support, support_of
-from rgrl.rollout.schedule import commit_schedule
-from rgrl.rollout.select import certainty, most_confident
+from rgrl.rollout.sampling import Support, certainty, most_confident, support_of
 from rgrl.types import Prompts
 
 V, MASK, END, C = 12, 11, 7, 6

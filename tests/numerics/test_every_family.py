@@ -17,9 +17,9 @@ from rgrl.config import ConfigError, GuidanceConfig, LoraConfig, ModelConfig, Ro
 from rgrl.config.schema import FAMILIES as NAMES
 from rgrl.export import export
 from rgrl.models import add_lora, families, load_policy
-from rgrl.models.batch import pad_left
 from rgrl.models.names import layer_of
 from rgrl.models.start import read_start, start_from
+from rgrl.models.text import pad_left
 from rgrl.plugins import resolve
 from rgrl.rewards import load_classifier
 from rgrl.rollout import generate

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from rgrl.errors import ConfigError
 from rgrl.models import load_policy
-from rgrl.models.batch import pad_left
+from rgrl.models.text import pad_left
 
 WRITERS = {"dream": write_dream, "llada": write_llada}
 # What the reference calls each tensor, and what the authors call it.

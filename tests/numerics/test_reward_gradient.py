@@ -25,9 +25,8 @@ from rgrl.algo.reward_gradient import (
     text_tokens,
 )
 from rgrl.config import GradientConfig, GuidanceConfig, RolloutConfig
-from rgrl.models.readout import kl_to_reference, summed_probabilities
+from rgrl.models.readout import finite_log_softmax, kl_to_reference, summed_probabilities
 from rgrl.rollout.guidance import Guide
-from rgrl.rollout.sampling import finite_log_softmax
 from rgrl.seeds import generators
 
 C, PROMPT, D = 4, 2, 5

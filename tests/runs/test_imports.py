@@ -12,12 +12,22 @@ import pytest
 import rgrl
 
 ROOT = Path(rgrl.__file__).parent
-# Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below.
+# Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below; a folder has
+# a layer to itself.
 LAYERS = [
-    {"errors", "types", "seeds", "plugins", "hub", "console", "environment", "folder", "config"},
-    {"models", "rewards", "data", "rollout", "algo", "tracking"},
-    {"runtime", "checkpoint"},
-    {"evaluation", "export"},
+    {"errors"},
+    {"config"},
+    {"types", "seeds", "plugins", "hub", "console", "environment", "folder"},
+    {"models"},
+    {"rollout"},
+    {"algo"},
+    {"rewards"},
+    {"data"},
+    {"tracking"},
+    {"runtime"},
+    {"checkpoint"},
+    {"evaluation"},
+    {"export"},
     {"setup"},
     {"terms"},
     {"step", "header"},
@@ -27,8 +37,8 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-PURE = {"rollout", "algo"}  # plain torch: models and rewards arrive as arguments
-PURE_MAY_USE = PURE | {"types", "config", "errors", "plugins", "seeds"}
+PURE = {"rollout", "algo"}  # models and rewards arrive as arguments; nothing but torch
+PURE_MAY_USE = PURE | {"models", "types", "config", "errors", "plugins", "seeds"}
 MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "terms", "step", "header", "trainer"}
 
 
@@ -79,6 +89,11 @@ def layer(part):
 
 def test_every_module_has_a_place_in_the_table():
     assert {part_of(module) for module in trees()} - {None} == set().union(*LAYERS)
+
+
+def test_a_folder_has_a_layer_to_itself():
+    folders = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert len(folders) >= 9 and all(names == {name} for names in LAYERS for name in names & folders)
 
 
 def test_imports_point_down():

@@ -5,17 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rgrl.errors import ConfigError
 from rgrl.models.families.fields import Fields
-
-
-def linear_head(causal_lm: PreTrainedModel, states: Tensor, vocab_size: int) -> Tensor:
-    """Logits (..., V) of final hidden states (..., H) under the model's `lm_head`, which may have more rows than V."""
-    return F.linear(states, causal_lm.lm_head.weight[:vocab_size])
+from rgrl.models.readout import linear_head
 
 
 @dataclass(frozen=True)
