@@ -40,6 +40,7 @@ from rgrl.config import (
     RunConfig,
 )
 from rgrl.data import PromptStream
+from rgrl.metrics import Clock
 from rgrl.models import add_lora
 from rgrl.models.families import find_family
 from rgrl.models.lora import adapter_parameters
@@ -49,9 +50,8 @@ from rgrl.rewards import Rewards
 from rgrl.rewards.classifier import ClassifierReward
 from rgrl.rollout import generate
 from rgrl.rollout.denoise import commit_schedule
-from rgrl.runtime.clock import Clock
 from rgrl.seeds import generators
-from rgrl.setup import Run, resolve_readouts
+from rgrl.setup import Run, load_readouts
 from rgrl.step import rollout_step, update_step
 from rgrl.types import Prompts, Rollout
 
@@ -252,10 +252,10 @@ class Steps:
             reward=RewardConfig(name=work.reward.name),
             guidance=GuidanceConfig(kind=kind),
             objective=ObjectiveConfig(beta=0.1),
-            gradient=GradientConfig(weight=float(len(term)), measure_steps=0),
+            gradient=GradientConfig(weight=float(len(term))),
             run=RunConfig(prompts_per_device=work.shape.rows // G),
         )
-        algorithm = resolve_algorithm(config)
+        algorithm, parameters = resolve_algorithm(config), tuple(adapter_parameters(work.policy).values())
         return Run(
             config=config,
             accelerator=Accelerator(cpu=work.device.type == "cpu"),
@@ -266,15 +266,18 @@ class Steps:
             judge=None,
             stream=PromptStream(work.prompts, 0, config.run.prompts_per_device, 1),
             eval_prompts=None,
-            optimizer=torch.optim.AdamW(list(adapter_parameters(work.policy).values()), lr=1e-6),
+            parameters=parameters,
+            optimizer=torch.optim.AdamW(parameters, lr=1e-6),
             algorithm=algorithm,
-            readouts=resolve_readouts(config, algorithm),
+            readouts=load_readouts(config, algorithm),
+            coverage=None,
             fingerprints={},
+            tallies={},
         )
 
     def step(self, name: str) -> None:
         """One step as training makes it."""
-        scored = rollout_step(self.runs[name], 0, Clock())
+        scored = rollout_step(self.runs[name], self.runs[name].prompts(0), 0, Clock())
         update_step(self.runs[name], scored, 0, 0, Clock())
 
     def floor(self, name: str) -> None:

@@ -26,25 +26,21 @@ from torch import Tensor
 
 from rgrl.algo import resolve_algorithm
 from rgrl.config import ConfigError, load_config
-from rgrl.runtime.clock import Clock
-from rgrl.setup import Run, resolve_readouts, reward_readouts, set_up
-from rgrl.step import rollout_step
-from rgrl.terms import Scored, objective_gradient, prepare, reward_term_gradient
+from rgrl.metrics import Clock
+from rgrl.setup import Run, load_readouts, set_up
+from rgrl.step import Scored, gradient_term, objective_term, prepare, rollout_step
 
 # Alike for all: rollouts whose trajectory can be evaluated exactly, and no KL.
-COMMON = "--run.eval_steps 0 --objective.beta 0 --gradient.kl 0 --objective.iterations 1 --gradient.measure_steps 0"
+COMMON = "--run.eval_steps 0 --objective.beta 0 --gradient.kl 0 --objective.iterations 1"
 EXACT = "--rollout.block_cache false --objective.advantage leave_one_out --lora.dropout 0 --guidance.kind none"
 TERM = "--objective.weight 0 --gradient.weight 1"
 ESTIMATES = {
     "trajectory": "--objective.name reinforce --objective.estimator trajectory",
     "reinforce": "--objective.name reinforce --objective.estimator one_step",
-    "hybrid": "--objective.name hybrid --objective.estimator trajectory",
     "gradient": TERM,
     "gradient, late": f"{TERM} --gradient.states late",
     "gradient, w = 0": f"{TERM} --gradient.blend expectation",
     "gradient, w = 1": f"{TERM} --gradient.blend aps",
-    "gradient, centred by row": f"{TERM} --gradient.centre row",
-    "gradient, centred by batch": f"{TERM} --gradient.centre batch",
     "gradient, guided": f"{TERM} --guidance.kind entrgi",
 }
 
@@ -58,14 +54,14 @@ def runs_of(path: str, names: list[str], more: list[str]) -> dict[str, Run]:
         config = load_config(path, [*words, *ESTIMATES[name].split()])
         config = replace(config, lora=base.config.lora)
         algorithm = resolve_algorithm(config)
-        readouts = resolve_readouts(config, algorithm) | reward_readouts(config, algorithm, base.gradient_model)
+        readouts = load_readouts(config, algorithm)
         runs[name] = replace(base, config=config, algorithm=algorithm, readouts=readouts)
     return runs
 
 
 def gradient(run: Run, scored: Scored, step: int) -> Tensor:
     """The flat gradient of one update's loss, with its sign turned: the direction of ascent."""
-    make = objective_gradient if run.config.objective.weight > 0 else reward_term_gradient
+    make = objective_term if run.config.objective.weight > 0 else gradient_term
     term = make(run, prepare(run, scored, step), step, 0)
     return -term.gradient / term.totals["n"]
 
@@ -78,7 +74,7 @@ def measure(runs: dict[str, Run], steps: int) -> dict[str, Tensor]:
         for name, run in runs.items():
             kind = run.config.guidance.kind
             if kind not in rollouts:
-                rollouts[kind] = rollout_step(run, step, Clock())
+                rollouts[kind] = rollout_step(run, run.prompts(step), step, Clock())
             scored, config = rollouts[kind], run.config
             advantage_B = run.algorithm.advantage(scored.reward_B, config.rollout.num_generations, config.objective)
             found[name].append(gradient(run, replace(scored, advantage_B=advantage_B.to(run.policy.device)), step))

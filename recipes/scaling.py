@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rgrl.config import ConfigError, load_config
-from rgrl.runtime.clock import Clock
+from rgrl.metrics import Clock
 from rgrl.runtime.launch import join_processes
 from rgrl.setup import set_up
 from rgrl.step import rollout_step
@@ -32,11 +32,11 @@ def work(config_path: str, steps: int) -> None:
     config = load_config(config_path, ["--run.eval_steps", "0"])
     accelerator = join_processes(config)
     run = set_up(config, accelerator)
-    rollout_step(run, 0, Clock())  # warm-up: what happens once is not counted
+    rollout_step(run, run.prompts(0), 0, Clock())  # warm-up: what happens once is not counted
     accelerator.wait_for_everyone()
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        rollout_step(run, step, Clock())
+        rollout_step(run, run.prompts(step), step, Clock())
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - start
     rows = steps * config.run.prompts_per_device * config.rollout.num_generations * accelerator.num_processes

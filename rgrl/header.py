@@ -103,8 +103,7 @@ def what_is_learned(config: Config) -> str:
     if g.weight > 0:
         weight = "" if g.weight == 1 else f"{g.weight:g} x "
         whose = "guide's" if g.of == "guide" else "reward's"
-        kl = f", KL {g.kl:g}" + (f", of averages {g.marginal:g}" if g.marginal else "")
-        terms.append(f"{weight}the {whose} gradient ({g.loss}, {g.states} states{kl})")
+        terms.append(f"{weight}the {whose} gradient ({g.states} states, KL {g.kl:g})")
     return f"learning from {' + '.join(terms)} | {count(o.iterations, 'update')} a rollout"
 
 

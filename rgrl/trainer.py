@@ -5,7 +5,7 @@ Not called train.py: `rgrl.train` is the function, and a module of that name wou
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,24 +39,25 @@ from rgrl.checkpoint import (
 )
 from rgrl.config import Config, as_yaml, check, located
 from rgrl.console import inform, steady, warn
+from rgrl.distributed import counts
 from rgrl.errors import INTERRUPTED, REQUEUE, ConfigError, RunStoppedError
-from rgrl.evaluation import Evaluation, sampler
+from rgrl.evaluation import Evaluation, Evaluator, generate_with, sampler
 from rgrl.evaluation.alarm import History, basis, look, measure
 from rgrl.evaluation.held_out import HeldOut
 from rgrl.evaluation.intervals import intervals
-from rgrl.folder import claim, not_ours
+from rgrl.folder import Owner, claim, not_ours
 from rgrl.folder import replace as replace_file
 from rgrl.header import data, header, what_runs
-from rgrl.runtime.clock import Clock
-from rgrl.runtime.collectives import counts
+from rgrl.metrics import Clock
+from rgrl.rollout.guidance import guidance_at
 from rgrl.runtime.launch import join_processes
+from rgrl.runtime.skipped import keep_batch
 from rgrl.runtime.stopping import StopRequests, first_reason
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run, set_up
-from rgrl.step import completion_rows, roll_out, rollout_step, update_step
-from rgrl.terms import Scored
+from rgrl.step import Scored, completion_rows, guidance_of, roll_out, rollout_step, update_step
 from rgrl.tracking import Tracker
-from rgrl.trial import try_out
+from rgrl.trial import dry_run
 
 
 def train(config: Config) -> Path:
@@ -72,14 +73,14 @@ def train(config: Config) -> Path:
         accelerator = join_processes(config)
         resume, owner = take_folder(config, accelerator, held)
         run, progress = begin(config, accelerator, resume)
-        run.owner, config = owner, run.config
-        try_out(run)
+        config = run.config
+        dry_run(run)
         accelerator.wait_for_everyone()  # nobody writes before everybody has looked at what is there
-        tracker = open_output(run, resume, progress)
+        tracker = open_output(run, owner, resume, progress)
         if accelerator.is_main_process:
             inform("\n".join(header(run, progress.step + 1, tracker.destinations())))
         saver = Saver(config, owner)
-        loop = Loop(run, progress, tracker, saver, requests, saved_step(config, resume, progress))
+        loop = Loop(run, owner, progress, tracker, saver, requests, saved_step(config, resume, progress))
         try:
             reason = loop.run_steps()
         except KeyboardInterrupt:  # at once, so the folder stays locked until the checkpoint under way is written
@@ -126,7 +127,7 @@ def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tupl
     check_data(resume, run.fingerprints)
     if accelerator.is_main_process:
         warn_of_kinks(resume, run.fingerprints, config)
-    run.fingerprints |= kept(resume)
+    run = replace(run, fingerprints=run.fingerprints | kept(resume))
     return run, load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
 
 
@@ -138,11 +139,10 @@ def check_history(resume: Path) -> None:
         raise ConfigError(f"cannot resume: {resume / 'progress.json'}: `evaluations` {error}") from error
 
 
-def open_output(run: Run, resume: Path | None, progress: Progress) -> Tracker:
+def open_output(run: Run, owner: Owner, resume: Path | None, progress: Progress) -> Tracker:
     """Prepare the output folder: its config.yaml, no checkpoints of an abandoned branch, and the tracker."""
-    config, owner, main = run.config, run.owner, run.accelerator.is_main_process
+    config, main = run.config, run.accelerator.is_main_process
     output = Path(config.run.output_dir)
-    assert owner is not None
     try:
         if main:
             claim(output, owner)
@@ -154,6 +154,23 @@ def open_output(run: Run, resume: Path | None, progress: Progress) -> Tracker:
         return Tracker(config, owner, progress.step, main)
     except OSError as error:
         raise ConfigError(f"`run.output_dir` {output} cannot be written: {error}", on_one_rank=True) from error
+
+
+def make_evaluators(run: Run, report: Callable[[str], None]) -> list[Evaluator]:
+    """What a run is measured by; `report` shows progress. One of your own is added here."""
+    if run.eval_prompts is None:
+        return []
+    held_out = HeldOut(
+        config=run.config,
+        accelerator=run.accelerator,
+        policy=run.policy,
+        rewards=run.rewards,
+        judge=run.judge,
+        prompts=run.eval_prompts,
+        guidance_at=lambda step: guidance_of(run, guidance_at(run.config, step)),
+        report=report,
+    )
+    return [held_out]
 
 
 def saved_step(config: Config, resume: Path | None, progress: Progress) -> int:
@@ -177,12 +194,14 @@ class Loop:
     """The steps of a run, and what surrounds them: evaluations, metrics, checkpoints, requests to stop."""
 
     run: Run
+    owner: Owner
     progress: Progress
     tracker: Tracker
     saver: Saver
     requests: StopRequests
     saved: int  # step of the newest checkpoint
     clock: Clock = field(default_factory=Clock)
+    evaluators: list[Evaluator] = field(default_factory=list)
     complained: bool = False  # about something that could not be written, after the step before
     alarm: str | None = None  # why the newest evaluation looks like reward hacking
 
@@ -196,10 +215,11 @@ class Loop:
             desc="rgrl",
             unit="step",
         ) as bar:
-            self.run.tell = bar.set_postfix_str
+            self.evaluators = make_evaluators(self.run, bar.set_postfix_str)
             reason = self.asked_to_stop()
-            if self.run.evaluators and self.progress.step == 0 and reason is None:
+            if self.evaluators and self.progress.step == 0 and reason is None:
                 self.tracker.log(0, self.evaluate() | self.clock.seconds)
+                bar.set_postfix_str("")
                 self.clock = Clock()
                 reason = self.asked_to_stop()
             while self.progress.step < config.run.steps and reason is None:
@@ -212,19 +232,23 @@ class Loop:
         """Roll out, update, and record; returns why to stop, if any rank was asked to."""
         run, config, step, started = self.run, self.run.config, self.progress.step, time.perf_counter()
         state = global_state()
-        scored = rollout_step(run, step, self.clock)
+        prompts = run.prompts(step)
+        scored = rollout_step(run, prompts, step, self.clock)
         release(config, "phase")
         if reason := self.asked_to_stop():
             set_global_state(state)  # as before the rollout, which the resumed run makes again
             return reason
         update = update_step(run, scored, step, self.progress.skipped_in_a_row, self.clock)
+        for batch in update.skipped:
+            output, rank = Path(config.run.output_dir), run.accelerator.process_index
+            keep_batch(output, self.owner, rank, step, config.run.max_skipped, batch)
         self.saver.check_weights(run.accelerator, run.policy, step + 1)
         release(config, "step")
         self.progress = replace(self.progress, step=step + 1, skipped_in_a_row=update.skipped_in_a_row)
         metrics = scored.metrics | update.metrics
         if due(step + 1, config.tracking.completions_steps, config.run.steps):
             self.tracker.table(step + 1, "train", gather_object(completion_rows(scored, config.data.column)))
-        if run.evaluators and due(step + 1, config.run.eval_steps, config.run.steps):
+        if self.evaluators and due(step + 1, config.run.eval_steps, config.run.steps):
             metrics |= self.evaluate()
         reason = self.record(scored, metrics, started)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}")
@@ -283,13 +307,13 @@ class Loop:
         metrics: dict[str, float] = {}
         self.alarm = None
         with self.clock.phase("eval"):
-            for evaluator in self.run.evaluators:
-                result = evaluator(self.run.generate, self.progress.step)
+            generate = generate_with(self.run.policy, self.run.config)
+            for evaluator in self.evaluators:
+                result = evaluator(generate, self.progress.step)
                 self.tracker.table(self.progress.step, evaluator.name, result.rows)
                 metrics |= result.metrics
                 if isinstance(evaluator, HeldOut) and self.run.config.run.on_hacking != "off":
                     metrics |= self.watch(result)
-        self.run.tell("")
         return metrics
 
     def watch(self, result: Evaluation) -> dict[str, float]:
@@ -372,14 +396,13 @@ def evaluate(config: Config) -> Evaluation:
     run = open_checkpoint(replace(config, guidance=replace(config.guidance, probe_prompts=0)))
     shown = run.accelerator.is_main_process
     with tqdm(bar_format="rgrl: {desc} [{elapsed}]", disable=not shown, leave=False) as bar:
-        run.tell = bar.set_description_str
-        results = [evaluator(run.generate, 0) for evaluator in run.evaluators]
+        evaluators = make_evaluators(run, bar.set_description_str)
+        generate = generate_with(run.policy, run.config)
+        results = [evaluator(generate, 0) for evaluator in evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     rows = [row for result in results for row in result.rows]
     tell_failures(run)
-    found = [
-        result for evaluator, result in zip(run.evaluators, results, strict=True) if isinstance(evaluator, HeldOut)
-    ]
+    found = [result for evaluator, result in zip(evaluators, results, strict=True) if isinstance(evaluator, HeldOut)]
     for result in found if shown else []:
         inform(intervals(result.rows))
     word = next((row["top_word"] for row in rows if row.get("top_word") is not None), None)

@@ -1,4 +1,4 @@
-"""A user's own advantage, estimator and objective, called once on made-up completions before a run begins."""
+"""A user's own advantage, estimator and objective, called once on dummy completions before a run begins."""
 
 from dataclasses import replace
 
@@ -9,12 +9,12 @@ from rgrl.errors import ConfigError
 from rgrl.plugins import told
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run
-from rgrl.terms import Scored, objective_gradient, prepare
+from rgrl.step import Scored, objective_term, prepare
 from rgrl.types import Rollout
 
 
-def try_out(run: Run) -> None:
-    """Call an advantage, estimator and objective of the user's own once, on made-up completions, before a run begins.
+def dry_run(run: Run) -> None:
+    """Call an advantage, estimator and objective of the user's own once, on dummy completions, before a run begins.
 
     Nothing is kept: no gradient, and the global random state is put back. Collective. Raises `ConfigError`.
     """
@@ -25,19 +25,19 @@ def try_out(run: Run) -> None:
         if run.algorithm.own - {"advantage"}:
             one_batch = replace(run.config, run=replace(run.config.run, gradient_accumulation_steps=1))
             trial = replace(run, config=one_batch)
-            objective_gradient(trial, prepare(trial, made_up(run), 0), 0, 0)
+            objective_term(trial, prepare(trial, dummy_rollout(run), 0), 0, 0)
     except ConfigError as error:
-        raise ConfigError(f"{error}; that was a trial on made-up completions") from error
+        raise ConfigError(f"{error}; that was a trial on dummy completions") from error
     except Exception as error:  # a user's code may raise anything
         whose = " and ".join(getattr(error, "__notes__", [])) or f"the {' or the '.join(sorted(run.algorithm.own))}"
-        raise ConfigError(f"{whose} failed in a trial on made-up completions: {told(error)}") from error
+        raise ConfigError(f"{whose} failed in a trial on dummy completions: {told(error)}") from error
     finally:
         run.policy.eval()
         run.optimizer.zero_grad(set_to_none=True)
         set_global_state(state)
 
 
-def made_up(run: Run) -> Scored:
+def dummy_rollout(run: Run) -> Scored:
     """Two completions of the first prompt as if sampled and scored, one of full length, of at most 8 tokens."""
     policy, rollout = run.policy, run.config.rollout
     C = min(rollout.max_completion_length, 8)
@@ -52,8 +52,20 @@ def made_up(run: Run) -> Scored:
     step_BC = (order_C * min(rollout.steps, C) // C).repeat(2, 1)
     canvas_BL = torch.cat([prompt_BL.cpu(), token_BC], 1)
     shown_BL = torch.cat([attention_BL.cpu(), torch.ones(2, C, dtype=torch.bool)], 1)
-    parts = (canvas_BL, shown_BL, mask_BC, step_BC, logp_BC, logp_BC.clone())
-    sampled = Rollout(*(part.to(policy.device) for part in parts))
-    reward_B = torch.tensor([1.0, 0.0])
-    advantage_B = torch.tensor([1.0, -1.0], device=policy.device)
-    return Scored(prompts, sampled, policy.decode(sampled.completion_BC), reward_B, {}, advantage_B, {})
+    sampled = Rollout(
+        canvas_BL=canvas_BL,
+        attention_BL=shown_BL,
+        completion_mask_BC=mask_BC,
+        unmask_step_BC=step_BC,
+        behaviour_logp_BC=logp_BC,
+        policy_logp_BC=logp_BC.clone(),
+    ).to(policy.device)
+    return Scored(
+        prompts=prompts,
+        rollout=sampled,
+        completions=policy.decode(sampled.completion_BC),
+        reward_B=torch.tensor([1.0, 0.0]),
+        terms={},
+        advantage_B=torch.tensor([1.0, -1.0], device=policy.device),
+        metrics={},
+    )

@@ -135,6 +135,10 @@ class Rollout:
         """Some rows, as a slice or by number (int64)."""
         return Rollout(**{name: value[index] for name, value in vars(self).items()})
 
+    def to(self, device: torch.device) -> "Rollout":
+        """The same on `device`."""
+        return Rollout(**{name: value.to(device) for name, value in vars(self).items()})
+
     @staticmethod
     def join(rollouts: list["Rollout"]) -> "Rollout":
         """The rows of all rollouts, one after another."""
@@ -227,6 +231,32 @@ class LossOutputs:
     def __post_init__(self) -> None:
         _expect(self.loss_sum, (), "loss_sum")
         _expect(self.denominator, (), "denominator")
+
+
+@dataclass
+class LossTerm:
+    """One term of the loss over this rank's micro-batches: sums, and the gradient of the loss's sum, not yet divided.
+
+    `totals` holds the loss, its metrics, and what each is divided by: `n`, unless `over` names another.
+    """
+
+    weight: float
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    over: Mapping[str, str] = field(default_factory=dict)
+    samples: dict[str, list[Tensor]] = field(default_factory=dict)  # values for quantiles
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))  # of all parameters, flat
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add to the sums."""
+        for name, value in values.items():
+            self.totals[name] = self.totals[name] + value.detach() if name in self.totals else value.detach()
+
+    def take_gradient(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Move the parameters' gradients here, flat, 0 where there is none; the parameters have none then."""
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        self.gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        for p in parameters:
+            p.grad = None
 
 
 def masked_mean(value_BC: Tensor, mask_BC: Tensor) -> Tensor:

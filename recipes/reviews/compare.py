@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import summary
@@ -31,7 +30,7 @@ from variants import MAIN, REFERENCE, SETS, Variants
 
 from rgrl.config import load_config
 from rgrl.data import PromptStream
-from rgrl.runtime.clock import Clock
+from rgrl.metrics import Clock
 from rgrl.setup import set_up
 from rgrl.step import rollout_step, update_step
 from rgrl.tracking import read_metrics
@@ -58,7 +57,8 @@ def seconds_per_step(variants: Variants, rounds: int) -> dict[str, float]:
             stream = PromptStream(one.stream.prompts, round_, one.config.run.prompts_per_device, 1)
             start = time.process_time()
             # Half-way, where guidance that fades has half its strength.
-            scored = rollout_step(replace(one, stream=stream), one.config.run.steps // 2, Clock())
+            at = one.config.run.steps // 2
+            scored = rollout_step(one, stream.batch(at, one.accelerator.process_index), at, Clock())
             update_step(one, scored, 0, 0, Clock())
             if round_ > 0:  # the first round warms up
                 taken[name].append(time.process_time() - start)

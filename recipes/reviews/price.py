@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from rgrl.config import load_config
 from rgrl.data import PromptStream
 from rgrl.evaluation.guards import distinct
-from rgrl.runtime.clock import Clock
+from rgrl.metrics import Clock
 from rgrl.setup import Run, set_up
 from rgrl.step import roll_out, rollout_step, update_step
 
@@ -47,7 +47,7 @@ VARIANTS = {
 def seconds(run: Run) -> float:
     """One training step; the learning rate is so small that the policy stays what it is."""
     clock = Clock()
-    scored = rollout_step(run, 0, clock)
+    scored = rollout_step(run, run.prompts(0), 0, clock)
     update_step(run, scored, 0, 0, clock)
     return sum(clock.seconds.values())
 

@@ -1,21 +1,8 @@
-'''Rewards to advantages, within each group of G completions of one prompt. Rows of a group stand together.
+"""Rewards to advantages, within each group of G completions of one prompt. Rows of a group stand together.
 
 Each is called as `advantage(reward_B, G, config)`; a group with zero spread contributes nothing. One of your own is
-named by dotted path, `objective.advantage: "my_advantage:ranked"`, and finds settings of its own in `config.settings`:
-
-```python
-# my_advantage.py
-import torch
-
-
-def ranked(reward_B, G, config):
-    """The rank of each completion in its group, spaced evenly from -scale to scale; equal rewards share a rank."""
-    reward_PG = reward_B.view(-1, G)
-    above_PG = (reward_PG[:, :, None] > reward_PG[:, None, :]).sum(2)
-    below_PG = (reward_PG[:, :, None] < reward_PG[:, None, :]).sum(2)
-    return config.settings.get("scale", 1.0) * ((above_PG - below_PG) / (G - 1)).reshape(-1)
-```
-'''
+named by dotted path, `objective.advantage: "my_advantage:ranked"`, and reads settings of its own in `config.settings`.
+"""
 
 from collections.abc import Callable
 

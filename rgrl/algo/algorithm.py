@@ -1,21 +1,18 @@
 """The objective, estimator and advantage of a run: resolved by name once, refused where they do not fit together."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rgrl.algo.advantages import ADVANTAGES, Advantage
-from rgrl.algo.corrections import exact
 from rgrl.algo.estimators import ESTIMATORS, Estimator
 from rgrl.algo.objectives import OBJECTIVES, Objective
 from rgrl.algo.own import own_advantage, own_estimator, own_objective
 from rgrl.config import Config, ObjectiveConfig
 from rgrl.errors import ConfigError
 from rgrl.plugins import is_own, resolve
-from rgrl.rollout.sampling import IGNORES_SAMPLES
 
-NEEDS = frozenset({"old", "ref", "behaviour", "reference_states", "old_states", "row_gradients"})
+NEEDS = frozenset({"old", "ref", "behaviour", "reference_states", "old_states"})
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,6 @@ def resolve_algorithm(config: Config) -> Algorithm:
             "`objective.settings` are for an objective, estimator or advantage of your own, and all three are built in"
         )
     rules = [*_combinations(o, objective, estimator), *_groups(config, objective)]
-    if objective.on_trajectory:
-        rules += _on_trajectory(config)
     for holds, message in rules:
         if trains and not holds:
             raise ConfigError(message)
@@ -113,42 +108,8 @@ def _combinations(o: ObjectiveConfig, objective: Objective, estimator: Estimator
     ]
 
 
-def _on_trajectory(config: Config) -> list[tuple[bool, str]]:
-    """What makes tokens drawn from the distribution that the update evaluates, in an order that no token decides."""
-    o, r, g, name = config.objective, config.rollout, config.guidance, f"`objective.name: {config.objective.name}`"
-    full = o.correction == "truncate" and o.correction_level == "sequence" and o.correction_max == math.inf
-    return [
-        (o.trajectory_steps == 1, f"{name} needs `objective.trajectory_steps: 1`, each token on its own canvas"),
-        (
-            r.block_length == 0 or not r.block_cache,
-            f"{name} needs `rollout.block_cache: false`: a cached prefix is older than the canvas",
-        ),
-        (
-            r.confidence in IGNORES_SAMPLES and not r.defer_eos,
-            f"{name} needs an order of unmasking that ignores sampled tokens: `rollout.confidence: "
-            f"{' or '.join(sorted(IGNORES_SAMPLES))}` without `rollout.defer_eos`",
-        ),
-        (
-            g.kind == "none" or g.share == 0 or (full and exact(config)),
-            f"{name} needs the policy's own rollouts (`guidance.kind: none`), or a correction that is exact: "
-            "`objective.correction: truncate` with `correction_level: sequence`, `correction_max: .inf` and "
-            "`guidance.support: policy`",
-        ),
-        (o.iterations == 1, f"{name} needs `objective.iterations: 1`: later updates are of another policy"),
-        (config.lora.dropout == 0, f"{name} needs `lora.dropout: 0`: rollouts are made without dropout"),
-    ]
-
-
 def _groups(config: Config, objective: Objective) -> list[tuple[bool, str]]:
-    has_gradient = bool(config.reward.path and config.reward.weight)
-    if config.gradient.of == "guide":
-        has_gradient = bool(config.reward.path or config.guidance.path)
     return [
-        (
-            "row_gradients" not in objective.needs or has_gradient,
-            f"`objective.name: {config.objective.name}` needs a reward with a gradient: set `reward.path`; Python "
-            "functions have none",
-        ),
         (
             not objective.in_groups or config.rollout.num_generations >= 2,
             f"`objective.advantage: {config.objective.advantage}` compares completions within a group: "

@@ -1,4 +1,4 @@
-'''Estimates of a completion's token log-probabilities under a model without a left-to-right factorisation.
+"""Estimates of a completion's token log-probabilities under a model without a left-to-right factorisation.
 
 An estimator turns random numbers into data once (`draw`): K canvases, given as masks, and the weight of each token's
 log-probability there. `estimate` turns that and a model into l_BC. The old, reference and new estimates share one draw,
@@ -6,31 +6,7 @@ so their ratio is exactly 1 while the adapter is unchanged.
 
 Tokens after the first end token are not part of the text. Every canvas hides them, so they leak nothing, except in
 `trajectory`, which shows each canvas as the sampler saw it.
-
-One of your own, `objective.estimator: "my_estimator:estimator"`, with a setting of its own in `objective.settings`:
-
-```python
-# my_estimator.py
-import torch
-
-from rgrl.algo.estimators import Estimator
-from rgrl.types import NoiseDraw
-
-
-def draw(rollout, config, generators):
-    """Hide each token of a completion with probability `rate`, and evaluate what is hidden: one forward pass."""
-    rate, text_BC = config.settings.get("rate", 0.5), rollout.completion_mask_BC
-    B, C = text_BC.shape
-    u_BC = torch.stack([torch.rand(C, generator=g) for g in generators]).to(text_BC.device)
-    at_BC = (u_BC < rate) & text_BC
-    hidden_BL = torch.zeros_like(rollout.attention_BL)
-    hidden_BL[:, -C:] = at_BC | ~text_BC  # what follows the end is not text, and must leak nothing
-    return NoiseDraw(hidden_BL[None], at_BC.float()[None] / rate, text_BC)
-
-
-estimator = Estimator(draw, level="sequence")
-```
-'''
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +83,7 @@ def on_canvas(values: ValuesFn, rollout: Rollout, noise: NoiseDraw, k: int, mask
 
 
 def _scatter(value_N: Tensor, at_BC: Tensor) -> Tensor:
-    """Values (N...) at their places (BC...), 0 elsewhere."""
+    """Values (N...) at their positions (BC...), 0 elsewhere."""
     shape = (*at_BC.shape, *value_N.shape[1:])
     mask = at_BC.view(*at_BC.shape, *[1] * (value_N.ndim - 1)).expand(shape)
     return torch.zeros(shape, dtype=value_N.dtype, device=value_N.device).masked_scatter(mask, value_N)

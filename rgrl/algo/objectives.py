@@ -1,28 +1,9 @@
-'''Losses: pure functions from `LossInputs` to `LossOutputs`, one paper each.
+"""Losses: pure functions from `LossInputs` to `LossOutputs`, one paper each.
 
 A loss is a sum and its denominator. `update_step` sums both over micro-batches and ranks before it divides, so the
 number of either changes nothing. A new objective is a plain function: wrap it in `Objective` with what it needs, and
 add it to `OBJECTIVES` or name it by dotted path.
-
-One of your own, `objective.name: "my_objective:objective"`, with a setting of its own in `objective.settings`:
-
-```python
-# my_objective.py
-from rgrl.algo.objectives import Objective
-from rgrl.types import LossOutputs, masked_mean
-
-
-def loss(inputs, config):
-    """-A times the mean log-probability of each row; a row below its group's mean counts `down` times as much."""
-    up_B, down_B = inputs.advantage_B.clamp(min=0), inputs.advantage_B.clamp(max=0)
-    weight_B = up_B + config.settings.get("down", 0.1) * down_B
-    loss_B = -weight_B * masked_mean(inputs.logp_BC, inputs.mask_BC)
-    return LossOutputs(loss_B.sum(), loss_B.new_tensor(float(len(loss_B))))
-
-
-objective = Objective(loss)
-```
-'''
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,10 +21,9 @@ class Objective:
 
     `needs`, of which only what is named is computed: `old` and `ref` log-probabilities, `behaviour` (the importance
     weights), `reference_states` (for readouts that compare with the base, such as `kl_to_reference`), `old_states` (the
-    same of the policy before the first update), `row_gradients` (of the reward, of the other completions of the group).
+    same of the policy before the first update).
     `readouts`: names of per-token values beside the log-probability (`rgrl.models.readout.READOUTS` or dotted paths),
-    for losses over the whole vocabulary. `in_groups`: it compares the completions of one prompt. `on_trajectory`: it is
-    right only for tokens drawn by the very sampler that it evaluates, which `algorithm.py` makes sure of.
+    for losses over the whole vocabulary. `in_groups`: it compares the completions of one prompt.
     """
 
     loss: Callable[[LossInputs, ObjectiveConfig], LossOutputs]
@@ -52,7 +32,6 @@ class Objective:
     advantages: frozenset[str] = field(default_factory=frozenset)
     readouts: tuple[str, ...] = ()
     in_groups: bool = True
-    on_trajectory: bool = False
 
 
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
@@ -107,21 +86,6 @@ def grpo(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
         out.metrics[name] = torch.where(mask, value.float(), 0.0).sum()
     out.samples["ratio"] = ratio.detach()[mask]
     return out
-
-
-def hybrid(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
-    """-(A - c h) l - c sum_i <g_i, e_i> for each row: the policy gradient with the reward's gradient as its control.
-
-    l is the exact log-probability of the trajectory, g_i the mean gradient of the reward over the *other* rows of the
-    group at place i, e_i the expected embedding under the sampler where the token was drawn, and h = sum_i <g_i,
-    E[x_i] - e_i> (the readout `surprise`). The mean of h grad l is that of sum_i <g_i, grad e_i>, so the two cancel in
-    the mean, whatever c = `config.control` is, and the noise with them as far as the reward is linear. Ours, after
-    MuProp (arXiv 1511.05176).
-    """
-    c, h_B = config.control, _row_sum(inputs.readouts["surprise"], inputs)
-    policy_B = (inputs.advantage_B - c * h_B.detach()) * _row_sum(inputs.logp_BC, inputs)
-    # The gradient of -h is that of sum_i <g_i, e_i>.
-    return _by_row(-_corrected(inputs)[:, 0] * (policy_B - c * h_B), inputs, config)
 
 
 def gdsd(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
@@ -220,13 +184,5 @@ OBJECTIVES: dict[str, Objective] = {
         frozenset({"one_step", "elbo", "coupled", "quadrature", "sequence_elbo"}),
         frozenset({"tilted"}),
         ("cross_entropy_to_old",),
-    ),
-    "hybrid": Objective(
-        hybrid,
-        _BEHAVIOUR | {"row_gradients"},
-        frozenset({"trajectory"}),
-        frozenset({"leave_one_out"}),
-        ("surprise",),
-        on_trajectory=True,
     ),
 }

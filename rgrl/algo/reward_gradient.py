@@ -1,50 +1,112 @@
-"""The reward's gradient in the weights: what guidance computes at every step, as a term of the loss.
+"""The reward's own gradient in the weights: a pathwise policy gradient, first-order and mean-field.
 
-Take a finished completion x, and the canvas as it stood before a denoising step s. At the places i that it hid, with
-the policy's logits there:
+Take a finished completion x, and the canvas as it stood before a denoising step s. At the positions i that it masks,
+with the policy's logits there:
 
-    K_i  the policy's own top-p/top-k support without the tokens that are no text (a constant)
+    K_i  the policy's own top-p/top-k support without the tokens that are not text (a constant)
     p_i  softmax(logits / temperature) over K_i;  e_i = sum_v p_i(v) E[v], the expected embedding
-    b_i  e_i + w_i (E[x_i] - e_i) with a constant w_i, as in rgrl/rollout/guidance.py: what the reward model is shown
+    b_i  e_i + w_i (E[x_i] - e_i) with a constant w_i, as in rgrl/rollout/guidance.py: what the reward model reads
     g_i  the gradient of its reward there (a constant)
 
     loss = -mean_rows sum_i <g_i, e_i> + kl mean_rows (sum_i KL_i / tokens of the row)
-           + marginal mean_rows (sum_i 1 / tokens of the row) KL(m || m_base)
 
-or, instead of the first sum, the KL to what a step of guidance along g_i would make of the logits (`distil`).
+The first sum is the reward to first order, of all candidates at once, where a policy gradient sees one token a position
+and one number a row. Its gradient is exact as a policy gradient only for writing all of the positions at once, under a
+reward that adds up over positions. End tokens are excluded from the candidates, so this term carries no signal about
+length: that is left to the objective and to the KL, which knows no end but one that the canvas shows. The canvas is
+read as a whole, also where the sampler read a cached prefix (`rollout.block_cache`).
 
-m is the policy's distribution averaged over all the update's places, m_base the base's. That KL is at most the one
-before it, and is the part of it that no context explains: the same word everywhere.
-
-The first sum is the reward to first order, of all candidates at once, where a policy gradient sees one token a place
-and one number a row. Its gradient is exact as a policy gradient only for writing all of the places at once, under a
-reward that adds up over places. End tokens, and others that the text drops, are no candidates: their embedding says
-nothing of what ending the text does. How long a text is, is left to the objective and the KL, which knows no end but
-one that the canvas shows. The canvas is read as a whole, also where the sampler read a cached prefix
-(`rollout.block_cache`).
+`reward_term` is called by `update_step`; what it calls follows in the order of the call.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rgrl.config import GradientConfig, RolloutConfig
-from rgrl.models.readout import finite_log_softmax
+from rgrl.config import Config, GradientConfig, RolloutConfig
+from rgrl.models import Policy
+from rgrl.models.readout import Positions, Readout, kl_to_reference, read_out
 from rgrl.rollout.denoise import write_schedule
 from rgrl.rollout.guidance import Guide, Hidden, normalised_entropy, reward_gradient, shown_to_reward
 from rgrl.rollout.sampling import support_of
-from rgrl.types import Rollout
+from rgrl.types import LossTerm, Rollout
 
-# Metrics of the term that are means over something else than rows: the sums that they are divided by.
+# Metrics of the term that are means over something other than rows: the sums that they are divided by.
 MEANS_OVER = {
     "gradient/kl": "asked",
-    "gradient/marginal": "weight",
     "gradient/entropy_weight": "soft",
     "gradient/outside": "soft",
     "gradient/broken": "soft",
 }
+
+
+def reward_term(
+    policy: Policy,
+    guide: Guide,
+    rollout: Rollout,
+    *,
+    step_KB: Tensor,
+    micro_batches: Sequence[slice],
+    dropout_key_B: Tensor,
+    parameters: Sequence[torch.nn.Parameter],
+    config: Config,
+    reward_weight: float = 1.0,
+) -> LossTerm:
+    """The term's loss and gradient at the canvas before each denoising step of `step_KB`, drawn for one update.
+
+    Makes a forward pass of the base, the policy and the reward model, and a backward pass, for each micro-batch and k.
+    `reward_weight` is the weight of the guide's reward in the sum of rewards.
+    """
+    c, states = config.gradient, []
+    term = LossTerm(c.weight, over=MEANS_OVER)
+    number_B = torch.arange(len(rollout.canvas_BL), device=policy.device)
+    block = config.rollout.block_length if c.places == "block" else 0
+    for step_B, rows in itertools.product(step_KB, micro_batches):
+        states.append(state_before(rollout.rows(rows), number_B[rows], step_B[rows], guide, policy.is_end, block))
+    references = [reference_states(policy, state) if c.kl > 0 else {} for state in states]
+    policy.train()  # gradient checkpointing and LoRA dropout are off otherwise
+    for state, reference in zip(states, references, strict=True):
+        with policy.forward_passes(dropout_key_B[state.rows_B.cpu()]):
+            states_NH = policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]
+        values = read_text(policy, guide, state, states_NH, reference, config.rollout)
+        expansion = expand(guide, state, values, c.blend)
+        loss_sum = -first_order(reward_weight * expansion.g_ND, values["soft"])
+        if c.kl > 0:
+            loss_sum = loss_sum + c.kl * kl_by_row(values["kl_to_reference"], state).sum()
+        loss_sum = loss_sum / c.draws
+        policy.backward(loss_sum)
+        term.add({"loss": loss_sum, **term_sums(expansion, values, c.draws)})
+    policy.eval()
+    term.take_gradient(parameters)
+    return term
+
+
+@torch.no_grad()
+def reference_states(policy: Policy, state: "State") -> dict[str, Tensor]:
+    """The frozen base's final hidden states at the asked positions, as `kl_to_reference` reads them."""
+    with policy.forward_passes(), policy.reference():
+        return {"reference_NH": policy.states(state.canvas(policy.mask_id), state.rollout.attention_BL)[state.at_BL]}
+
+
+def read_text(
+    policy: Policy,
+    guide: Guide,
+    state: "State",
+    states_NH: Tensor,
+    reference: dict[str, Tensor],
+    sampler: RolloutConfig,
+) -> dict[str, Tensor]:
+    """`expected_text` at the asked positions and, with a `reference`, the KL to it."""
+    text_V = text_tokens(guide, policy.is_end)
+
+    def text(positions: Positions) -> dict[str, Tensor]:
+        return expected_text(positions.logits_NV, positions.token_N, guide.embedding_VD, text_V, sampler)
+
+    readouts: dict[str, Readout] = {"text": text} | ({"kl_to_reference": kl_to_reference} if reference else {})
+    return read_out(policy.project, states_NH, state.token_N, readouts, reference, vocab_size=policy.vocab_size)
 
 
 # -------------------------------------------------------------------------------------------------------- states
@@ -88,17 +150,17 @@ class State:
     shown_BC: Tensor  # bool, what the reward reads of the finished completion
 
     def canvas(self, mask_id: int) -> Tensor:
-        """canvas_BL with mask tokens at the hidden places."""
+        """canvas_BL with mask tokens at the hidden positions."""
         return self.rollout.canvas_BL.masked_fill(self._in_canvas(self.hidden_BC), mask_id)
 
     @property
     def at_BL(self) -> Tensor:
-        """The asked places in the canvas (bool)."""
+        """The asked positions in the canvas (bool)."""
         return self._in_canvas(self.asked_BC)
 
     @property
     def token_N(self) -> Tensor:
-        """What was written in the end at the asked places."""
+        """What was written in the end at the asked positions."""
         return self.rollout.completion_BC[self.asked_BC]
 
     def _in_canvas(self, mask_BC: Tensor) -> Tensor:
@@ -111,8 +173,8 @@ def state_before(
 ) -> State:
     """The state before step `step_B` of each row, which answers the guide's prompt `rows_B`.
 
-    With `block`, only the places of the block of `block` tokens that was being written are asked about. Places that are
-    still hidden when the text is final, after its end, are the same whether or not the sampler went on.
+    With `block`, only the positions of the block of `block` tokens that was being written are asked about. Positions
+    that are still hidden when the text is final, after its end, are the same whether or not the sampler went on.
     """
     token_BC = rollout.completion_BC
     hidden_BC = rollout.unmask_step_BC >= step_B[:, None]
@@ -136,7 +198,8 @@ def text_tokens(guide: Guide, is_end: Callable[[Tensor], Tensor]) -> Tensor:
 def expected_text(
     logits_NV: Tensor, token_N: Tensor, embedding_VD: Tensor, text_V: Tensor, sampler: RolloutConfig
 ) -> dict[str, Tensor]:
-    """The expected embedding `soft_ND` (with gradient) of each place over its candidates: the support within `text_V`.
+    """The expected embedding `soft_ND` (with gradient) of each position over its candidates: the support within
+    `text_V`.
 
     Also, without gradient, `inside_N` (bool): whether `token_N` is a candidate, `some_N`: whether there is any (where
     not, `soft` is 0), and `entropy_weight_N` in 0 ... 1, of the untempered distribution over the whole vocabulary.
@@ -175,42 +238,10 @@ def expected_embedding(
     return bag(token_NK, embedding_VD, per_sample_weights=p_NK, mode="sum")
 
 
-def distance_to_guided(
-    logits_NV: Tensor, g_ND: Tensor, embedding_VD: Tensor, text_V: Tensor, tau: float, config: GradientConfig
-) -> Tensor:
-    """KL_N(q || p), nats, of p = softmax(logits / tau) with q = softmax((logits + delta) / tau), a constant.
-
-    delta is one step of guidance on the logits of `text_V`, along d = p (<g, E> - its mean) / tau, the gradient of the
-    reward: eta d (`distil`) or eta d / (|d| + 1e-8), the first step of Adam (`distil_adam`). It is 0 where guidance
-    does nothing, and so is the gradient. Impossible tokens stay impossible.
-    """
-    with torch.no_grad():
-        own_NV = logits_NV.detach()
-        p_NV = (own_NV / tau).softmax(-1)
-        value_NV = (g_ND @ embedding_VD.T).to(p_NV.dtype)
-        d_NV = p_NV * (value_NV - (p_NV * value_NV).sum(-1, keepdim=True)) / tau
-        if config.loss == "distil_adam":
-            d_NV /= d_NV.abs() + 1e-8
-        guided_NV = finite_log_softmax((own_NV + config.eta * d_NV * text_V) / tau)
-    return (guided_NV.exp() * (guided_NV - finite_log_softmax(logits_NV / tau))).sum(-1)
-
-
-def surprise(logits_NV: Tensor, token_N: Tensor, g_ND: Tensor, embedding_VD: Tensor, sampler: RolloutConfig) -> Tensor:
-    """h_N = <g, E[token] - e>, float32 or wider, with e expected under the sampler's own distribution, end tokens too.
-
-    Its mean over tokens drawn from that distribution is 0.
-    """
-    with torch.no_grad():
-        support = support_of(logits_NV.detach(), sampler.temperature, sampler.top_k, sampler.top_p)
-        kept_NK = support.logp_NK > float("-inf")
-    soft_ND = expected_embedding(logits_NV, support.token_NK, kept_NK, embedding_VD, sampler)
-    return (g_ND * (embedding_VD[token_N] - soft_ND)).sum(1, dtype=torch.promote_types(g_ND.dtype, torch.float32))
-
-
 # ------------------------------------------------------------------------------------------------------ gradient
 @dataclass(frozen=True)
 class Expansion:
-    """The reward to first order around a blend of expected and written embeddings, at the N asked places."""
+    """The reward to first order around a blend of expected and written embeddings, at the N asked positions."""
 
     reward_B: Tensor  # the guide's, of the blend
     blend_ND: Tensor
@@ -220,9 +251,9 @@ class Expansion:
 
 
 def expand(guide: Guide, state: State, values: dict[str, Tensor], blend: str) -> Expansion:
-    """The reward of x with the blend at its soft places, and its gradient there: one pass, forward and backward.
+    """The reward of x with the blend at its soft positions, and its gradient there: one pass, forward and backward.
 
-    `values` are those of `expected_text` at the asked places, and `blend` is the kind (`GradientConfig.blend`).
+    `values` are those of `expected_text` at the asked positions, and `blend` is the kind (`GradientConfig.blend`).
     """
     soft_N = state.soft_BC[state.asked_BC] & values["some"]
     blend_ND = blended(values, state.token_N, guide.embedding_VD, blend)
@@ -234,7 +265,7 @@ def expand(guide: Guide, state: State, values: dict[str, Tensor], blend: str) ->
 
 
 def blended(values: dict[str, Tensor], token_N: Tensor, embedding_VD: Tensor, blend: str) -> Tensor:
-    """b_ND, without gradient: what the reward model is shown at the asked places."""
+    """b_ND, without gradient: what the reward model is shown at the asked positions."""
     soft_ND = values["soft"].detach()
     if blend == "expectation":
         return soft_ND
@@ -245,8 +276,8 @@ def blended(values: dict[str, Tensor], token_N: Tensor, embedding_VD: Tensor, bl
 
 
 def _hidden(state: State, soft_N: Tensor) -> Hidden:
-    places_N = state.asked_BC.flatten().nonzero()[:, 0]
-    return Hidden(state.rollout.completion_BC, places_N[soft_N], state.rows_B)
+    positions_N = state.asked_BC.flatten().nonzero()[:, 0]
+    return Hidden(state.rollout.completion_BC, positions_N[soft_N], state.rows_B)
 
 
 def first_order(g_ND: Tensor, soft_ND: Tensor) -> Tensor:
@@ -255,107 +286,24 @@ def first_order(g_ND: Tensor, soft_ND: Tensor) -> Tensor:
 
 
 def kl_by_row(kl_N: Tensor, state: State) -> Tensor:
-    """kl_B: the sum over each row's asked places, divided by its tokens up to and including the first end token."""
+    """kl_B: the sum over each row's asked positions, divided by its tokens up to and including the first end token."""
     kl_BC = kl_N.new_zeros(state.asked_BC.shape).masked_scatter(state.asked_BC, kl_N)
     return kl_BC.sum(1) / state.rollout.completion_mask_BC.sum(1).clamp(min=1)
 
 
-def row_weights(state: State) -> Tensor:
-    """c_N: 1 / (tokens of the row) at each asked place, as the KL is weighted."""
-    tokens_B = state.rollout.completion_mask_BC.sum(1).clamp(min=1)
-    return 1.0 / tokens_B[state.asked_BC.nonzero()[:, 0]]
-
-
-def overuse(policy_V: Tensor, base_V: Tensor) -> Tensor:
-    """log(m / m_base)_V of two averages, each given as a sum over the same weighted places; 0 where there are none.
-
-    The gradient of KL(m || m_base), whose m is a mean of the places' distributions, is that of the places' mean of
-    sum_v p(v) log(m / m_base)(v), with the logarithm held: what adds to a probability does not add to their sum.
-    """
-    tiny = torch.finfo(policy_V.dtype).tiny
-    return policy_V.clamp(min=tiny).log() - base_V.clamp(min=tiny).log()
-
-
-def centred(g_ND: Tensor, soft_N: Tensor, state: State, direction_BD: Tensor | None = None) -> Tensor:
-    """g_ND without a common direction: `direction_BD` of each row, or (None) the mean over the row's soft places.
-
-    What is left says where a token is worth more than elsewhere. Other places stay 0.
-    """
-    row_N = state.asked_BC.nonzero()[:, 0]
-    if direction_BD is None:
-        among_NB = (
-            soft_N[:, None] & (row_N[:, None] == torch.arange(len(state.asked_BC), device=row_N.device))
-        ).float()
-        direction_BD = among_NB.T.to(g_ND.dtype) @ g_ND / among_NB.sum(0).clamp(min=1)[:, None].to(g_ND.dtype)
-    return torch.where(soft_N[:, None], g_ND - direction_BD[row_N], 0.0)
-
-
-def text_gradients(guide: Guide, rollout: Rollout, rows_B: Tensor, is_end: Callable[[Tensor], Tensor]) -> Tensor:
-    """g_BCD: the gradient of the reward of each completion with respect to the embeddings of its text; 0 elsewhere.
-
-    Places whose gradient is not finite are 0 too.
-    """
-    token_BC = rollout.completion_BC
-    shown_BC = shown_to_reward(token_BC, is_end, guide.attend_eos, guide.unseen_V)
-    at_N = (shown_BC & ~is_end(token_BC)).flatten().nonzero()[:, 0]
-    known_BCD = guide.embedding_VD[token_BC]
-    hidden = Hidden(token_BC, at_N, rows_B)
-    found = reward_gradient(guide, known_BCD.flatten(0, 1)[at_N], known_BCD, hidden, shown_BC)
-    g_ND = torch.where(found.finite_N[:, None], found.g_ND, 0.0)
-    return torch.zeros_like(known_BCD).flatten(0, 1).index_put((at_N,), g_ND).view_as(known_BCD)
-
-
-def mean_of_others(g_BCD: Tensor, G: int) -> Tensor:
-    """At each place the mean gradient of those other completions of the group that have one; 0 where none has."""
-    g_PGCD = g_BCD.unflatten(0, (-1, G))
-    has_PGC1 = (g_PGCD != 0).any(-1, keepdim=True).to(g_PGCD.dtype)
-    others_PGCD, count_PGC1 = (x.sum(1, keepdim=True) - x for x in (g_PGCD, has_PGC1))
-    mean_PGCD = torch.where(count_PGC1 > 0, others_PGCD / count_PGC1.clamp(min=1), 0.0)
-    return mean_PGCD.flatten(0, 1)
-
-
 # ------------------------------------------------------------------------------------------------------- metrics
-def term_sums(found: Expansion, values: dict[str, Tensor], state: State, draws: int) -> dict[str, Tensor]:
+def term_sums(expansion: Expansion, values: dict[str, Tensor], draws: int) -> dict[str, Tensor]:
     """Sums of the metrics of one draw out of `draws`, and what they are divided by (`MEANS_OVER`; `n` counts rows)."""
-    soft_N = found.soft_N
+    soft_N = expansion.soft_N
     sums = {
-        "n": found.reward_B.new_tensor(len(found.reward_B) / draws),
+        "n": expansion.reward_B.new_tensor(len(expansion.reward_B) / draws),
         "asked": torch.tensor(len(soft_N), device=soft_N.device),
         "soft": soft_N.sum(),
-        "gradient/reward": found.reward_B.sum() / draws,
+        "gradient/reward": expansion.reward_B.sum() / draws,
         "gradient/entropy_weight": values["entropy_weight"][soft_N].sum(),
         "gradient/outside": (soft_N & ~values["inside"]).sum(),
-        "gradient/broken": found.broken,
+        "gradient/broken": expansion.broken,
     }
     if "kl_to_reference" in values:
         sums["gradient/kl"] = values["kl_to_reference"].detach().sum()
-    if "marginal" in values:
-        sums["gradient/marginal"] = kl_by_row(values["marginal"].detach(), state).sum()
-        sums["weight"] = row_weights(state).sum()
     return {name: value.float() for name, value in sums.items()}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a measurement of an update begins with."""
-
-    state: State
-    before: Expansion
-    soft_ND: Tensor
-    dropout_key_B: Tensor
-
-
-@torch.no_grad()
-def came_true(guide: Guide, measured: Measured, values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """How the reward of the blend changes with the expected embeddings in `values`: to first order, and in truth.
-
-    Both are sums over rows, in units of the guide's reward. `values` are those of `expected_text` after an update.
-    """
-    before, state = measured.before, measured.state
-    soft_N = before.soft_N & values["some"]
-    change_ND = torch.where(soft_N[:, None], values["soft"] - measured.soft_ND, 0.0)
-    hidden, known_BCD = _hidden(state, before.soft_N), guide.embedding_VD[state.rollout.completion_BC]
-    shown_nD = (before.blend_ND + change_ND)[before.soft_N]
-    response_BCD = known_BCD.flatten(0, 1).index_put((hidden.hidden_N,), shown_nD).view_as(known_BCD)
-    after_B = guide.reward(response_BCD, state.shown_BC, state.rows_B)
-    return first_order(before.g_ND, change_ND), (after_B - before.reward_B).sum()

@@ -31,12 +31,12 @@ from rgrl.checkpoint.format import (
 )
 from rgrl.config import Config, as_yaml
 from rgrl.console import warn
+from rgrl.distributed import counts
 from rgrl.errors import RunStoppedError
 from rgrl.folder import Owner, not_ours, replace
 from rgrl.models import Policy
 from rgrl.models.lora import adapter_parameters
 from rgrl.models.names import settings_of, to_original
-from rgrl.runtime.collectives import counts
 from rgrl.seeds import global_state
 
 

@@ -1,7 +1,8 @@
 """Evaluators: what a run is measured by.
 
-To add one, write a class like `HeldOut` (held_out.py) and append it to `run.evaluators` in `rgrl.setup.set_up`.
-Its own prompts need the chat template (`prompts.formatted(policy.format_prompt)`), its metrics a line in the glossary.
+To add one, write a class like `HeldOut` (held_out.py) and append it to what `make_evaluators` returns in
+`rgrl/trainer.py`. Its own prompts need the chat template (`prompts.formatted(policy.format_prompt)`), its metrics a
+line in `rgrl/metrics.py`.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rgrl.config import Config, RolloutConfig
+from rgrl.models import Policy
+from rgrl.rollout import generate
 from rgrl.rollout.guidance import Guidance
+from rgrl.seeds import generator
 from rgrl.types import Prompts, Rollout
 
-__all__ = ["Evaluation", "Evaluator", "Generate", "noise_of", "sampler"]
+__all__ = ["Evaluation", "Evaluator", "Generate", "generate_with", "noise_of", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,22 @@ def sampler(config: Config) -> RolloutConfig:
     """How evaluations write completions: as rollouts do, at the temperature `eval.temperature` if there is one."""
     own = config.eval.temperature
     return config.rollout if own is None else replace(config.rollout, temperature=own)
+
+
+def generate_with(policy: Policy, config: Config) -> Generate:
+    """`Generate` by this policy, with the noise of evaluations."""
+
+    def completions(
+        prompts: Prompts,
+        numbers: Sequence[int],
+        guidance: Guidance | None = None,
+        samples: Sequence[int] | None = None,
+    ) -> Rollout:
+        which = samples if samples is not None else [0] * len(numbers)
+        seeds = [generator(config.run.seed, 0, i, noise_of("eval", s)) for i, s in zip(numbers, which, strict=True)]
+        return generate(policy, prompts, sampler(config), seeds, guidance)
+
+    return completions
 
 
 def noise_of(purpose: str, sample: int) -> str:

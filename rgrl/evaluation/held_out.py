@@ -50,7 +50,7 @@ class HeldOut:
     judge: ClassifierReward | None
     prompts: Prompts
     guidance_at: Callable[[int], Guidance | None]
-    tell: Callable[[str], None]  # shows a few words beside the bar
+    report: Callable[[str], None]  # shows progress beside the bar
     name: str = "eval"
 
     def __call__(self, generate: Generate, step: int) -> Evaluation:
@@ -65,7 +65,7 @@ class HeldOut:
         gathered = Gathered(torch.zeros(4, device=policy.device, dtype=torch.float64))
         with policy.forward_passes():
             for start in range(0, len(mine), size):
-                self.tell(f"evaluating {start * ranks}/{len(every)}")
+                self.report(f"evaluating {start * ranks}/{len(every)}")
                 batch = mine[start : start + size]
                 self._unguided(generate, batch, gathered)
                 probe = [i for i, s in batch if s == 0 and i < self.config.guidance.probe_prompts]

@@ -11,10 +11,10 @@ class RowKeys:
 
 
 class RowDropout(nn.Module):
-    """Dropout whose mask is a hash of the row's key, the layer, the token's place and the feature.
+    """Dropout whose mask is a hash of the row's key, the layer, the token's position and the feature.
 
-    `nn.Dropout` draws for a whole batch at once, so its masks depend on the other rows of the batch. Places count from
-    the right, so padding before a prompt changes nothing either.
+    `nn.Dropout` draws for a whole batch at once, so its masks depend on the other rows of the batch. Positions count
+    from the right, so padding before a prompt changes nothing either.
     """
 
     def __init__(self, p: float, layer: int, keys: RowKeys) -> None:

@@ -74,10 +74,10 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Scores of the token at each position: logits_BLV, or logits_NV with `at`. Float32.
 
-        `at` names positions: bool BL (the result is in row-major order), or int64 N, places in the flattened canvas.
+        `at` names positions: bool BL (the result is in row-major order), or int64 N, positions in the flattened canvas.
         `canvas_BL` holds token ids, `attention_BL` is False on padding. Position l scores token l in every family, and
         the mask token scores -inf: it is never written. A filled `prefix` replaces its tokens, and `at` may then only
-        name later places; an empty one is filled.
+        name later positions; an empty one is filled.
         """
         states_BLH = self.states(canvas_BL, attention_BL, prefix)
         if at is not None:
@@ -85,7 +85,7 @@ class Policy(nn.Module):
         return self.project(states_BLH)
 
     def states(self, canvas_BL: Tensor, attention_BL: Tensor, prefix: PrefixCache | None = None) -> Tensor:
-        """Final hidden states_BLH; the state at l scores token l. Zero at places that a filled `prefix` replaces."""
+        """Final hidden states_BLH; the state at l scores token l. Zero at positions that a filled `prefix` replaces."""
         # Rotary positions are relative, so counting real tokens from 0 suits every family and makes padding inert.
         position_BL = count_positions(attention_BL)
         cache, start = None, 0
@@ -129,16 +129,17 @@ class Policy(nn.Module):
         readouts: Mapping[str, Readout],
         given: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Values by name, first dimension N, at the places `at_BL` (bool, row-major). One forward pass.
+        """Values by name, first dimension N, at the positions `at_BL` (bool, row-major). One forward pass.
 
-        `token_N` is the token asked about at each place, `given` holds further inputs of the readouts (first dimension
-        N). Logits exist for a chunk of places at a time, and are computed again for the gradient (models/readout.py).
+        `token_N` is the token asked about at each position, `given` holds further inputs of the readouts (first
+        dimension N). Logits exist for a chunk of positions at a time, and are computed again for the gradient
+        (models/readout.py).
         """
         states_NH = self.states(canvas_BL, attention_BL)[at_BL]
         return read_out(self.project, states_NH, token_N, readouts, given, vocab_size=self.vocab_size)
 
     def logp(self, canvas_BL: Tensor, attention_BL: Tensor, at_BL: Tensor, token_N: Tensor) -> Tensor:
-        """Log-probability in nats, float32, of one token at each place of `at_BL` (bool, row-major): logp_N."""
+        """Log-probability in nats, float32, of one token at each position of `at_BL` (bool, row-major): logp_N."""
         return self.read_out(canvas_BL, attention_BL, at_BL, token_N, {"logp": token_logp})["logp"]
 
     def reference(self) -> AbstractContextManager:
@@ -211,7 +212,7 @@ class Policy(nn.Module):
 
 
 def mask_for(implementation: str, attention_BL: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """The mask that lets the last `queries` places see every attended place, as a kernel takes it.
+    """The mask that lets the last `queries` positions see every attended position, as a kernel takes it.
 
     `attention_BL` is False on padding. For `sdpa` bool_B1QL, for `eager` what is added to the scores, in `dtype`; flash
     attention takes bool_BL.

@@ -1,9 +1,9 @@
-"""Vocabulary-sized work at hidden places, a chunk of places at a time.
+"""Vocabulary-sized work at hidden positions, a chunk of positions at a time.
 
-A readout turns the logits of a chunk into one value a place: a log-probability, an entropy, a KL divergence, an
+A readout turns the logits of a chunk into one value a position: a log-probability, an entropy, a KL divergence, an
 expected embedding. Several readouts share one projection. For the gradient each chunk is computed again, so no tensor
-of N x V is kept for the backward pass. To add one, write a function of `Places` and name it in `READOUTS`, or by dotted
-path; an objective asks for it by that name (`Objective.readouts`).
+of N x V is kept for the backward pass. To add one, write a function of `Positions` and name it in `READOUTS`, or by
+dotted path; an objective asks for it by that name (`Objective.readouts`).
 """
 
 from collections.abc import Callable, Mapping
@@ -30,51 +30,45 @@ def linear_head(causal_lm: PreTrainedModel, states: Tensor, vocab_size: int) -> 
 
 
 @dataclass(frozen=True)
-class Places:
-    """N places of one chunk: what a readout can use."""
+class Positions:
+    """N positions of one chunk: what a readout can use."""
 
     logits_NV: Tensor  # float32, with gradient where it is enabled; -inf at the mask token
-    token_N: Tensor  # int64, the token asked about at each place
+    token_N: Tensor  # int64, the token asked about at each position
     given: Mapping[str, Tensor]  # further inputs by name, first dimension N, such as `reference_NH`
     project: Callable[[Tensor], Tensor]  # final hidden states (..., H) -> logits (..., V), such as the reference's
 
 
-# -> one value a place, first dimension N; or several by names of their own
-Readout = Callable[[Places], Tensor | Mapping[str, Tensor]]
+# -> one value a position, first dimension N; or several by names of their own
+Readout = Callable[[Positions], Tensor | Mapping[str, Tensor]]
 
 
-def token_logp(places: Places) -> Tensor:
+def token_logp(positions: Positions) -> Tensor:
     """logp_N = log softmax(logits)[token], nats, untempered."""
-    return -F.cross_entropy(places.logits_NV, places.token_N, reduction="none")
+    return -F.cross_entropy(positions.logits_NV, positions.token_N, reduction="none")
 
 
-def entropy(places: Places) -> Tensor:
-    """H_N = -sum_v p_v log p_v, nats, untempered."""
-    logp_NV = finite_log_softmax(places.logits_NV)
-    return -(logp_NV.exp() * logp_NV).sum(-1)
-
-
-def kl_to_reference(places: Places) -> Tensor:
+def kl_to_reference(positions: Positions) -> Tensor:
     """KL_N(p || q) = sum_v p_v (log p_v - log q_v), nats, untempered, over the whole vocabulary.
 
     q is the reference's distribution, projected without gradient from its final hidden states `given["reference_NH"]`.
     The mask column, -inf on both sides, contributes 0. An objective that uses this needs `reference_states`.
     """
     with torch.no_grad():
-        reference_NV = finite_log_softmax(places.project(places.given["reference_NH"]))
-    logp_NV = finite_log_softmax(places.logits_NV)
+        reference_NV = finite_log_softmax(positions.project(positions.given["reference_NH"]))
+    logp_NV = finite_log_softmax(positions.logits_NV)
     return (logp_NV.exp() * (logp_NV - reference_NV)).sum(-1)
 
 
-def cross_entropy_to_old(places: Places) -> Tensor:
+def cross_entropy_to_old(positions: Positions) -> Tensor:
     """H_N = -sum_v q_v log p_v, nats, untempered, of the policy p with the one before the first update, q.
 
     q is projected without gradient from its final hidden states `given["old_NH"]`. The mask column contributes 0. An
     objective that uses this needs `old_states`.
     """
     with torch.no_grad():
-        old_NV = finite_log_softmax(places.project(places.given["old_NH"])).exp_()
-    return -(old_NV * finite_log_softmax(places.logits_NV)).sum(-1)
+        old_NV = finite_log_softmax(positions.project(positions.given["old_NH"])).exp_()
+    return -(old_NV * finite_log_softmax(positions.logits_NV)).sum(-1)
 
 
 # Logits of a chunk: 8 MiB and 256 MiB in float32.
@@ -82,7 +76,6 @@ CPU_CHUNK, GPU_CHUNK = 2**21, 2**26
 
 READOUTS: dict[str, Readout] = {
     "token_logp": token_logp,
-    "entropy": entropy,
     "kl_to_reference": kl_to_reference,
     "cross_entropy_to_old": cross_entropy_to_old,
 }
@@ -97,23 +90,23 @@ def read_out(
     *,
     vocab_size: int,
 ) -> dict[str, Tensor]:
-    """The value of each readout at N places, by its name (or its own names), first dimension N.
+    """The value of each readout at N positions, by its name (or its own names), first dimension N.
 
-    `project` turns final hidden states (n, H) into logits (n, V); `given` goes to the readouts, chunked as the places.
-    A chunk's logits take at most 8 MiB on a CPU and 256 MiB on a GPU, whatever N is.
+    `project` turns final hidden states (n, H) into logits (n, V); `given` goes to the readouts, chunked as the
+    positions. A chunk's logits take at most 8 MiB on a CPU and 256 MiB on a GPU, whatever N is.
     """
     given = given or {}
     extra = list(given)
 
     def chunk(states_nH: Tensor, token_n: Tensor, *given_n: Tensor) -> dict[str, Tensor]:
-        places = Places(project(states_nH), token_n, dict(zip(extra, given_n, strict=True)), project)
+        positions = Positions(project(states_nH), token_n, dict(zip(extra, given_n, strict=True)), project)
         values: dict[str, Tensor] = {}
         for name, readout in readouts.items():
-            value = readout(places)
+            value = readout(positions)
             values |= {name: value} if isinstance(value, Tensor) else value
         return values
 
-    size = places_of_a_chunk(states_NH, vocab_size)
+    size = positions_per_chunk(states_NH, vocab_size)
     inputs = (states_NH, token_N, *(given[name] for name in extra))
     chunks = list(zip(*(tensor.split(size) for tensor in inputs), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -123,18 +116,6 @@ def read_out(
     return {name: torch.cat([piece[name] for piece in values]) for name in values[0]}
 
 
-def summed_probabilities(
-    project: Callable[[Tensor], Tensor], states_NH: Tensor, weight_N: Tensor, *, vocab_size: int
-) -> Tensor:
-    """sum_n weight_n softmax(logits_n), untempered, of final hidden states: float32 of V. Without gradient."""
-    size = places_of_a_chunk(states_NH, vocab_size)
-    total_V = torch.zeros(vocab_size, device=states_NH.device)
-    with torch.no_grad():
-        for states_nH, weight_n in zip(states_NH.split(size), weight_N.split(size), strict=True):
-            total_V += weight_n.float() @ finite_log_softmax(project(states_nH)).exp().float()
-    return total_V
-
-
-def places_of_a_chunk(states_NH: Tensor, vocab_size: int) -> int:
-    """How many places' logits are made at a time."""
+def positions_per_chunk(states_NH: Tensor, vocab_size: int) -> int:
+    """How many positions' logits are made at a time."""
     return max(1, (GPU_CHUNK if states_NH.is_cuda else CPU_CHUNK) // vocab_size)

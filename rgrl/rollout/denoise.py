@@ -1,6 +1,6 @@
 """The one masked-canvas unmasking loop: prompts in, completions and the log-probabilities of their tokens out.
 
-A step is four verbs: read the masked logits, steer them, choose places, commit tokens.
+A step is four verbs: read the masked logits, steer them, choose positions, commit tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class DiffusionLM(Protocol):
     def logits(
         self, canvas_BL: Tensor, attention_BL: Tensor, at: Tensor, prefix: PrefixCache | None = None, /
     ) -> Tensor:
-        """logits_NV, float32, at the places `at` (int64) of the flattened canvas. Steering writes to them."""
+        """logits_NV, float32, at the positions `at` (int64) of the flattened canvas. Steering writes to them."""
         ...
 
     def is_end(self, ids: Tensor, /) -> Tensor:
@@ -43,7 +43,7 @@ class DiffusionLM(Protocol):
 
 
 class Window(NamedTuple):
-    """One denoising step: it commits `commit` of the `hidden` tokens at places `first` ... `end` - 1 of a row."""
+    """One denoising step: it commits `commit` of the `hidden` tokens at positions `first` ... `end` - 1 of a row."""
 
     first: int
     end: int
@@ -105,7 +105,7 @@ class DenoiseStats:
     weight: dict[int, list[tuple[Tensor, int]]] = field(default_factory=lambda: {q: [] for q in (1, 2, 3, 4)})
 
     def record(self, chosen_N: Tensor, own: Support, step: "SteeredStep", quarter: int) -> None:
-        """Add one step. `chosen_N` (bool) are the places that it commits, `own` the policy's own distribution."""
+        """Add one step. `chosen_N` (bool) are the positions that it commits, `own` the policy's own distribution."""
         self.committed.append(chosen_N.sum())
         self.entropy.append(torch.where(chosen_N, own.entropy(), 0.0).sum())
         if step.broken is not None:
@@ -117,12 +117,12 @@ class DenoiseStats:
 
 
 @dataclass(frozen=True)
-class OpenPlaces:
-    """The N hidden places of a step, row by row."""
+class OpenPositions:
+    """The N hidden positions of a step, row by row."""
 
     hidden_N: Tensor  # in the flattened completions of the rows still being written, cut at the window's end
     row_N: Tensor  # number of the row among the rows still being written
-    place_N: Tensor  # place in the row's completion
+    position_N: Tensor  # position in the row's completion
     flat_N: Tensor  # in the flattened completions of all B rows
 
 
@@ -130,9 +130,9 @@ class OpenPlaces:
 class Canvas:
     """B completions while they are written: what is there, when it was committed, both log-probabilities."""
 
-    tokens_BL: Tensor  # prompts and completions; the mask token at hidden places
+    tokens_BL: Tensor  # prompts and completions; the mask token at hidden positions
     attention_BL: Tensor
-    masked_BC: Tensor  # bool, places still to be written; False after the end of a finished row
+    masked_BC: Tensor  # bool, positions still to be written; False after the end of a finished row
     step_BC: Tensor
     behaviour_BC: Tensor
     policy_BC: Tensor
@@ -170,12 +170,12 @@ class Canvas:
             self.rows_A = self.rows_A[keep_A]
         return keep_A
 
-    def open_places(self, end: int, N: int) -> OpenPlaces:
-        """The N hidden places before `end` of the rows still being written."""
+    def open_positions(self, end: int, N: int) -> OpenPositions:
+        """The N hidden positions before `end` of the rows still being written."""
         C = self.masked_BC.shape[1]
         hidden_N = self.masked_BC[self.rows_A, :end].flatten().sort(descending=True, stable=True).indices[:N]
-        row_N, place_N = hidden_N // end, hidden_N % end
-        return OpenPlaces(hidden_N, row_N, place_N, self.rows_A[row_N] * C + place_N)
+        row_N, position_N = hidden_N // end, hidden_N % end
+        return OpenPositions(hidden_N, row_N, position_N, self.rows_A[row_N] * C + position_N)
 
     def commit(self, commit_BC: Tensor, t: int, flat_N: Tensor, token_N: Tensor, logp: tuple[Tensor, Tensor]) -> None:
         """Write `token_N` where `commit_BC` holds, at step t; `logp` is (behaviour_N, policy_N) of those tokens."""
@@ -205,7 +205,7 @@ class Canvas:
 
 
 class MaskedLogits:
-    """The policy's logits at hidden places, with the forward passes that can be spared left out."""
+    """The policy's logits at hidden positions, with the forward passes that can be spared left out."""
 
     def __init__(self, policy: DiffusionLM, canvas: Canvas, config: RolloutConfig) -> None:
         self.policy, self.canvas = policy, canvas
@@ -219,17 +219,17 @@ class MaskedLogits:
         if not keep_A.all():
             self.prefix = self.prefix.rows(keep_A)
 
-    def __call__(self, t: int, window: Window, places: OpenPlaces) -> Tensor:
-        """logits_NV at `places` in step t."""
+    def __call__(self, t: int, window: Window, positions: OpenPositions) -> Tensor:
+        """logits_NV at `positions` in step t."""
         canvas = self.canvas
         tokens_BL, attention_BL, width = canvas.tokens_BL, canvas.attention_BL, canvas.width
         L = tokens_BL.shape[1]
         if t == 0 and len(self.row_U) < len(tokens_BL):
-            place_C = torch.arange(width, width + window.end, device=tokens_BL.device)
-            at_UC = torch.arange(len(self.row_U), device=tokens_BL.device)[:, None] * L + place_C
+            position_C = torch.arange(width, width + window.end, device=tokens_BL.device)
+            at_UC = torch.arange(len(self.row_U), device=tokens_BL.device)[:, None] * L + position_C
             logits_NV = self.policy.logits(tokens_BL[self.row_U], attention_BL[self.row_U], at_UC.flatten())
             return logits_NV.unflatten(0, at_UC.shape)[self.group_B].flatten(0, 1)
-        at_N = places.row_N * L + width + places.place_N
+        at_N = positions.row_N * L + width + positions.position_N
         if not self.cached:
             return self.policy.logits(tokens_BL[canvas.rows_A], attention_BL[canvas.rows_A], at_N)
         if window.hidden == window.end - window.first or t == 1:  # a new block, or the first pass over every row
@@ -279,8 +279,8 @@ def denoise(
     records the step of each token and its log-probability under the guided (behaviour) and the policy's own tempered,
     truncated distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
 
-    With temperature 0 each place takes its most likely token, of the guided logits where it is guided, and nothing is
-    drawn. What is recorded is then of distributions that hold one token: 0, or -inf for another token than it.
+    With temperature 0 each position takes its most likely token, of the guided logits where it is guided, and nothing
+    is drawn. What is recorded is then of distributions that hold one token: 0, or -inf for another token than it.
     """
     B, C, noise = len(prompt_BL), config.max_completion_length, noise.to(prompt_BL.device)
     canvas = Canvas.start(prompt_BL, attention_BL, config, policy.mask_id)
@@ -294,30 +294,30 @@ def denoise(
             N = int(canvas.masked_BC[:, : window.end].sum())
             if N == 0:
                 continue
-        places = canvas.open_places(window.end, N)
-        logits_NV = masked_logits(t, window, places)
+        positions = canvas.open_positions(window.end, N)
+        logits_NV = masked_logits(t, window, positions)
         own = support_of(logits_NV, scale_of(config), config.top_k, config.top_p)
         certainty_N = certainty(logits_NV, own)  # before steering, which overwrites the logits
         step = SteeredStep(own)
         if guide is not None and guide.steers(t):
-            hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], places.hidden_N, canvas.rows_A)
-            u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, places.flat_N]
+            hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], positions.hidden_N, canvas.rows_A)
+            u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, positions.flat_N]
             step = steered_step(logits_NV, own, hidden, u_MN, guide, config, policy)
         drawn, own_drawn = drawn_from(step.support, config), drawn_from(own, config)
-        token_N = drawn.token(drawn.pick(noise.token_BTC[:, t].flatten()[places.flat_N]))
-        order_N = noise.order_BTC[:, t].flatten()[places.flat_N]
+        token_N = drawn.token(drawn.pick(noise.token_BTC[:, t].flatten()[positions.flat_N]))
+        order_N = noise.order_BTC[:, t].flatten()[positions.flat_N]
         ranked = step.support if config.confidence_from == "guided" else own
         rank_2N = confidence(ranked, token_N, order_N, config, policy.is_end), certainty_N
-        confidence_BC, certainty_BC = (spread(rank_N, places.flat_N, B, C, float("-inf")) for rank_N in rank_2N)
+        confidence_BC, certainty_BC = (spread(rank_N, positions.flat_N, B, C, float("-inf")) for rank_N in rank_2N)
         also_BC = None
         if config.commit_above < 1:
             sure_N = ranked.logp(ranked.best()).exp() > config.commit_above
-            also_BC = spread(sure_N, places.flat_N, B, C, False)
+            also_BC = spread(sure_N, positions.flat_N, B, C, False)
         commit_BC = most_confident(confidence_BC, certainty_BC, window.commit, also_BC)
         logp = drawn.logp(token_N), own_drawn.logp(token_N)
-        canvas.commit(commit_BC, t, places.flat_N, token_N, logp)
+        canvas.commit(commit_BC, t, positions.flat_N, token_N, logp)
         if stats is not None:
-            stats.record(commit_BC.flatten()[places.flat_N], own_drawn, step, 1 + 4 * t // config.steps)
+            stats.record(commit_BC.flatten()[positions.flat_N], own_drawn, step, 1 + 4 * t // config.steps)
     return canvas.finish(policy.mask_id, policy.is_end)
 
 

@@ -67,19 +67,19 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Completions with hidden places, as a reward model is shown them."""
+    """Completions with hidden positions, as a reward model is shown them."""
 
-    completion_BC: Tensor  # int64; the tokens at hidden places are never looked up
-    hidden_N: Tensor  # places in the flattened completion_BC
+    completion_BC: Tensor  # int64; the tokens at hidden positions are never looked up
+    hidden_N: Tensor  # positions in the flattened completion_BC
     rows_B: Tensor  # which of the guide's prompts the rows answer
 
     def known_embeddings(self, embedding_VD: Tensor) -> Tensor:
-        """known_BCD: the embeddings of the tokens; arbitrary at hidden places."""
+        """known_BCD: the embeddings of the tokens; arbitrary at hidden positions."""
         known_X = self.completion_BC.flatten().index_fill(0, self.hidden_N, 0)
         return embedding_VD[known_X].view(*self.completion_BC.shape, embedding_VD.shape[1])
 
     def with_tokens(self, token_N: Tensor) -> Tensor:
-        """The completions (BC) with `token_N` at the hidden places."""
+        """The completions (BC) with `token_N` at the hidden positions."""
         return self.completion_BC.flatten().scatter(0, self.hidden_N, token_N).view_as(self.completion_BC)
 
 
@@ -100,7 +100,7 @@ class RewardGradient:
 
     reward_B: Tensor
     g_ND: Tensor  # as it comes out, also where it is not finite
-    finite_N: Tensor  # bool, all of a place's gradient is finite
+    finite_N: Tensor  # bool, all of a position's gradient is finite
 
 
 def reward_gradient(
@@ -108,8 +108,9 @@ def reward_gradient(
 ) -> RewardGradient:
     """One forward and backward pass of the reward model: r_B and g_ND = d(sum of r_B) / d(embedded_ND).
 
-    `embedded_ND` stands at the hidden places, `known_BCD` (`Hidden.known_embeddings`) elsewhere, and `shown_BC` (bool)
-    says which positions the reward model attends to. No graph is kept: the gradient is a constant of what follows.
+    `embedded_ND` stands at the hidden positions, `known_BCD` (`Hidden.known_embeddings`) elsewhere, and `shown_BC`
+    (bool) says which positions the reward model attends to. No graph is kept: the gradient is a constant of what
+    follows.
     """
     with torch.enable_grad():
         leaf_ND = embedded_ND.detach().requires_grad_()
@@ -120,7 +121,7 @@ def reward_gradient(
 
 
 class Candidates:
-    """The logits that guidance moves and the embeddings behind them: the whole vocabulary, or each place's n best.
+    """The logits that guidance moves and the embeddings behind them: the whole vocabulary, or each position's n best.
 
     Beside the logits this holds a quarter of a tensor of their size, and Adam's two moments where M > 1.
     """
@@ -182,10 +183,10 @@ def steer(
     Returns the first step's w_N (`entrgi` only), and how many gradients (N at each ascent step) were not finite and
     left their logits unchanged.
 
-    The logits are the policy's at the hidden places, `support` is its sampling distribution there, and `u_MN` (uniform)
-    picks the hard tokens (at temperature 0 the most likely ones). Each step is Adam with fresh state (b1 0.9, b2 0.999,
-    eps 1e-8) at the rate `config.eta`. Tokens that the policy scores -inf stay impossible. With `config.top_n` all of
-    this is about the n most likely tokens of each position, as if there were no others.
+    The logits are the policy's at the hidden positions, `support` is its sampling distribution there, and `u_MN`
+    (uniform) picks the hard tokens (at temperature 0 the most likely ones). Each step is Adam with fresh state (b1 0.9,
+    b2 0.999, eps 1e-8) at the rate `config.eta`. Tokens that the policy scores -inf stay impossible. With
+    `config.top_n` all of this is about the n most likely tokens of each position, as if there were no others.
     """
     config, table_VD, tau = guide.config, guide.embedding_VD, scale_of(sampler)
     candidates = Candidates(logits_NV, guide, tau)

@@ -97,7 +97,7 @@ def drawn_from(support: Support, config: RolloutConfig) -> Support:
 def scale_of(config: RolloutConfig) -> float:
     """What logits are divided by: the temperature, and 1 where that is 0, which takes the most likely token.
 
-    A greedy sampler still ranks places by how sure they are, and guidance needs a distribution to move: those are of
+    A greedy sampler still ranks positions by how sure they are, and guidance needs a distribution to move: those are of
     temperature 1, as in the samplers of Dream's and LLaDA's authors.
     """
     return config.temperature or 1.0
@@ -246,9 +246,10 @@ def certainty(logits_NV: Tensor, own: Support) -> Tensor:
 
 
 def most_confident(confidence_BC: Tensor, certainty_BC: Tensor, k: int, also_BC: Tensor | None = None) -> Tensor:
-    """commit_BC (bool): the k most confident places of each row, and those of `also_BC`.
+    """commit_BC (bool): the k most confident positions of each row, and those of `also_BC`.
 
-    Of equally confident places first the most certain, then the leftmost. Places that are not hidden have confidence
+    Of equally confident positions first the most certain, then the leftmost. Positions that are not hidden have
+    confidence
     -inf and are never chosen, so a row that hides fewer than k commits all.
     """
     hidden_BC = confidence_BC > float("-inf")
@@ -262,5 +263,5 @@ def most_confident(confidence_BC: Tensor, certainty_BC: Tensor, k: int, also_BC:
 
 
 def spread(value_N: Tensor, flat_N: Tensor, B: int, C: int, elsewhere: float) -> Tensor:
-    """value_BC: `value_N` at the places `flat_N` of the flattened B x C, `elsewhere` at all others."""
+    """value_BC: `value_N` at the positions `flat_N` of the flattened B x C, `elsewhere` at all others."""
     return value_N.new_full((B * C,), elsewhere).scatter_(0, flat_N, value_N).view(B, C)

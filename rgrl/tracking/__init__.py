@@ -13,12 +13,11 @@ from rgrl.config import Config
 from rgrl.console import warn
 from rgrl.folder import Owner
 from rgrl.tracking.columns import uniform
-from rgrl.tracking.glossary import METRICS, TIMING
 from rgrl.tracking.journal import Journal, read_metrics
 from rgrl.tracking.tables import Tables
 from rgrl.tracking.wandb import WandbSink
 
-__all__ = ["METRICS", "TIMING", "Sink", "Tracker", "make_sinks", "read_metrics"]
+__all__ = ["Sink", "Tracker", "make_sinks", "read_metrics"]
 
 
 class Sink(Protocol):

@@ -13,7 +13,7 @@ from checkpoints import REPO
 
 from rgrl.config import Config, as_yaml, load_config, presets
 from rgrl.config.schema import to_dict
-from rgrl.tracking import METRICS
+from rgrl.metrics import METRICS
 from rgrl.tracking.columns import OURS
 
 NAMES = Path(__file__).with_name("names.json")

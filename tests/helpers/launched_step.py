@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rgrl.config import Config, load_config
+from rgrl.evaluation import generate_with
+from rgrl.metrics import Clock
 from rgrl.models.lora import adapter_parameters
-from rgrl.runtime.clock import Clock
 from rgrl.runtime.launch import join_processes
 from rgrl.setup import set_up
 from rgrl.step import rollout_step, update_step
+from rgrl.trainer import make_evaluators
 
 
 def step(config: Config) -> tuple[dict[str, Tensor], dict]:
@@ -34,10 +36,10 @@ def step(config: Config) -> tuple[dict[str, Tensor], dict]:
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.append({name: p.grad.clone() for name, p in parameters.items()})
     )
-    for evaluator in run.evaluators:
-        metrics |= evaluator(run.generate, 0).metrics
+    for evaluator in make_evaluators(run, lambda text: None):
+        metrics |= evaluator(generate_with(run.policy, run.config), 0).metrics
     calls.append(0)
-    scored = rollout_step(run, 0, Clock())
+    scored = rollout_step(run, run.prompts(0), 0, Clock())
     calls.append(0)
     metrics |= scored.metrics | update_step(run, scored, 0, 0, Clock()).metrics
     left = {f"rollout {name}": value.contiguous() for name, value in vars(scored.rollout).items()}

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from rgrl.config import Config, load_config
-from rgrl.tracking import TIMING, read_metrics
+from rgrl.metrics import TIMING
+from rgrl.tracking import read_metrics
 from rgrl.trainer import train
 
 

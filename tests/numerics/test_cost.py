@@ -18,7 +18,7 @@ from rgrl.rollout.denoise import write_schedule
 from rgrl.rollout.guidance import Guide, steer
 from rgrl.rollout.sampling import draw_uniform, support_of
 from rgrl.seeds import generators
-from rgrl.terms import Scored, prepare, reward_term_gradient
+from rgrl.step import Scored, gradient_term, prepare
 from rgrl.trainer import release
 from rgrl.types import PrefixCache, Prompts
 
@@ -99,7 +99,7 @@ def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_lo
     sizes = {"vocab": vocab, "policy": narrow, "rows": B, "prompt": width, "completion": C, "steps": C}
     work = bench.Workload(dataclasses.replace(tiny, **sizes), CPU)
     run = bench.Steps(work).runs["none + gradient"]
-    run.config = dataclasses.replace(run.config, objective=ObjectiveConfig(weight=0.0))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, objective=ObjectiveConfig(weight=0.0)))
     rng = torch.Generator().manual_seed(2)
     prompts = run.stream.batch(0, 0).repeat(4)
     canvas_BL = torch.cat([policy_ids(work, prompts), torch.randint(0, 4000, (B, C), generator=rng)], 1)
@@ -111,7 +111,7 @@ def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_lo
     def update():
         batch = prepare(run, scored, 0)
         batch.step_UKB = torch.zeros_like(batch.step_UKB)  # all places hidden: the most there can be
-        assert reward_term_gradient(run, batch, 0, 0).gradient.abs().max() > 1e-6
+        assert gradient_term(run, batch, 0, 0).gradient.abs().max() > 1e-6
 
     assert bench.peak_memory(update, CPU) < 4 * B * (width + C) * sizes["vocab"] / 3
 

@@ -38,7 +38,7 @@ def loss_inputs(logp_BC=None, ref=False, old=True, correction=True, by_sequence=
         old_logp_BC=old_BC if old else None,
         ref_logp_BC=ref_BC if ref else None,
         correction_BC=correction_BC if correction else None,
-        readouts={"cross_entropy_to_old": torch.rand(4, 5, generator=rng).to(dtype), "surprise": new_BC.tanh()},
+        readouts={"cross_entropy_to_old": torch.rand(4, 5, generator=rng).to(dtype)},
     )
 
 
@@ -67,7 +67,7 @@ def by_hand(name, x, config):
     def clipped(rho, A):
         return -min(rho * A, min(max(rho, 1 - config.epsilon_low), 1 + config.epsilon_high) * A)
 
-    by_row = name in ("likelihood", "weighted", "wd1", "dmpo", "gdsd", "tilt_matching", "hybrid") or (
+    by_row = name in ("likelihood", "weighted", "wd1", "dmpo", "gdsd", "tilt_matching") or (
         name == "grpo" and config.level == "sequence"
     )
     total, tokens = 0.0, 0
@@ -82,7 +82,7 @@ def by_hand(name, x, config):
             elif name == "tilt_matching":  # with c = config.control
                 cross = x.readouts["cross_entropy_to_old"][b, i].item()
                 value += (config.control * cross - (A + 1 - config.control) * c[i] * new[i]) / length
-            elif name in ("gdsd", "hybrid"):
+            elif name == "gdsd":
                 pass
             elif name == "grpo" and config.level == "token":
                 value += c[i] * clipped(math.exp(new[i] - old[i]), A)
@@ -93,9 +93,6 @@ def by_hand(name, x, config):
         if name == "gdsd":
             gap = sum(new[i] - old[i] for i in range(length)) / 5
             value = c[0] * (gap - A / config.weight_temperature) ** 2
-        if name == "hybrid":
-            h = x.readouts["surprise"][b, :length].sum().item()
-            value = -c[0] * ((A - config.control * h) * sum(new[:length]) - config.control * h)
         if x.ref_logp_BC is not None:
             d = [x.ref_logp_BC[b, i].item() - new[i] for i in range(length)]
             if x.by_sequence:

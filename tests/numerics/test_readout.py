@@ -47,7 +47,6 @@ def slow(case, states_NH) -> dict[str, torch.Tensor]:
     column_N1 = (case["token_N"] - (case["token_N"] > MASK).long())[:, None]
     return {
         "token_logp": logp_NV.gather(1, column_N1)[:, 0],
-        "entropy": -(logp_NV.exp() * logp_NV).sum(-1),
         "kl_to_reference": (logp_NV.exp() * (logp_NV - reference_NV)).sum(-1),
         "cross_entropy_to_old": -((case["old_NH"] @ case["head_VH"].T)[:, possible].softmax(-1) * logp_NV).sum(-1),
         "embedding": (logits_NV / 0.7).softmax(-1) @ case["table_VD"][possible],

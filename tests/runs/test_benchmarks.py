@@ -53,7 +53,7 @@ def test_bench_times_whole_steps_against_floors_of_their_own(tmp_path, monkeypat
 
 def test_gradients_of_each_estimate_are_compared(tiny, tmp_path, monkeypatch, capfd):
     out = tmp_path / "gradients.json"
-    only = ["trajectory", "hybrid", "gradient", "gradient, guided"]
+    only = ["trajectory", "gradient", "gradient, guided"]
     words = ["--config", str(write(tiny, tmp_path)), "--steps", "3", "--json", str(out), "--only", *only]
     monkeypatch.setattr(sys, "argv", ["gradients.py", *words])
     gradients.main()

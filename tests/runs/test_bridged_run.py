@@ -4,7 +4,8 @@ import pytest
 from checkpoints import REPO
 
 from rgrl.config import load_config
-from rgrl.tracking import METRICS, read_metrics
+from rgrl.metrics import METRICS
+from rgrl.tracking import read_metrics
 from rgrl.trainer import train
 
 SHORT = "--run.steps 1 --run.eval_steps 0 --run.save_steps 0 --tracking.wandb false --run.prompts_per_device 2".split()

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from checkpoints import PROMPTS, REPO, write_llada
 from training import adapter, changed, go, resolved, tables, untimed
 
+from rgrl.evaluation import generate_with
 from rgrl.models import families, load_policy
 from rgrl.rewards import Rewards
 from rgrl.setup import set_up
@@ -131,7 +132,8 @@ def test_a_family_in_one_file_loads(documented, tmp_path, monkeypatch):
 
 def test_an_evaluator_and_a_tracker(documented, tiny, tmp_path):
     run = set_up(resolved(tiny, tmp_path), Accelerator())
-    result = importlib.import_module("my_evaluator").Exclaims(run.policy, run.eval_prompts)(run.generate, 0)
+    generate = generate_with(run.policy, run.config)
+    result = importlib.import_module("my_evaluator").Exclaims(run.policy, run.eval_prompts)(generate, 0)
     assert 0 <= result.metrics["eval/exclaims"] <= 1 and len(result.rows) == 4
     sink = importlib.import_module("my_tracker").CsvSink(tmp_path / "metrics.csv")
     sink.log(1, {"reward": 0.5})

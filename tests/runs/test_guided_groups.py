@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from training import adapter, go, resolved, untimed
 
 from rgrl.config import GuidanceConfig
+from rgrl.distributed import quantiles
+from rgrl.metrics import Clock
 from rgrl.rollout.guidance import guidance_at
-from rgrl.runtime.clock import Clock
-from rgrl.runtime.collectives import quantiles
 from rgrl.setup import set_up
 from rgrl.step import roll_out
 from rgrl.trainer import sample

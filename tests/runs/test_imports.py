@@ -1,4 +1,4 @@
-"""The structure of rgrl/: imports point down, the core is plain torch, accelerate stays out, functions are short."""
+"""The structure of rgrl/: imports point down, the core is plain torch, accelerate stays out."""
 
 import ast
 import re
@@ -12,8 +12,8 @@ import pytest
 import rgrl
 
 ROOT = Path(rgrl.__file__).parent
-# Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below; a folder has
-# a layer to itself.
+# Lowest layer first, as in docs/architecture.md. A part may import from its own layer and from those below. A folder
+# has a layer to itself.
 LAYERS = [
     {"errors"},
     {"config"},
@@ -25,11 +25,11 @@ LAYERS = [
     {"data"},
     {"tracking"},
     {"runtime"},
+    {"distributed", "metrics"},
     {"checkpoint"},
     {"evaluation"},
     {"export"},
     {"setup"},
-    {"terms"},
     {"step", "header"},
     {"trial"},
     {"trainer"},
@@ -39,7 +39,7 @@ LAYERS = [
 ]
 PURE = {"rollout", "algo"}  # models and rewards arrive as arguments; nothing but torch
 PURE_MAY_USE = PURE | {"models", "types", "config", "errors", "plugins", "seeds"}
-MAY_ACCELERATE = {"runtime", "checkpoint", "evaluation", "setup", "terms", "step", "header", "trainer"}
+MAY_ACCELERATE = {"runtime", "distributed", "metrics", "checkpoint", "evaluation", "setup", "step", "header", "trainer"}
 
 
 def part_of(module):
@@ -121,16 +121,6 @@ def test_few_modules_know_accelerate():
     users = {part_of(module) for module, imported in imports() if imported.split(".")[0] == "accelerate"}
     assert users <= MAY_ACCELERATE
     assert "trainer" in users
-
-
-def test_functions_are_short_and_take_few_parameters():
-    for module, tree in trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = node.end_lineno - node.lineno + 1
-                parameters = sum(isinstance(child, ast.arg) for child in ast.iter_child_nodes(node.args))
-                assert lines <= 60, f"{module}.{node.name} has {lines} lines"
-                assert parameters <= 7, f"{module}.{node.name} has {parameters} parameters"
 
 
 def test_no_remote_code_is_ever_trusted():

@@ -11,7 +11,8 @@ from checkpoints import REPO
 from training import go
 
 from rgrl.config import load_config
-from rgrl.tracking import METRICS, read_metrics
+from rgrl.metrics import METRICS
+from rgrl.tracking import read_metrics
 
 LINES = [
     line.removeprefix("pip install -e . && ")
@@ -59,7 +60,7 @@ def test_the_set_up_is_two_commands_of_one_line():
 
 def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
     tiny["objective"] |= {"name": "grpo", "iterations": 2}
-    tiny["gradient"] = {"weight": 1.0, "marginal": 1.0}
+    tiny["gradient"] = {"weight": 1.0}
     tiny["reward"]["functions"] = {"processes:die_at_call": 0.5}
     tiny["eval"] = {"samples": 2, "passes": {"die_at_call": 1.0}}
     logged = {key for line in read_metrics(go(tiny, tmp_path) / "metrics.jsonl") for key in line} - {"step"}

@@ -7,10 +7,9 @@ import torch
 from accelerate import Accelerator
 from training import adapter, assert_same_run, changed, go, resolved
 
-from rgrl.runtime.clock import Clock
+from rgrl.metrics import Clock
 from rgrl.setup import set_up
-from rgrl.step import rollout_step
-from rgrl.terms import objective_gradient, prepare
+from rgrl.step import objective_term, prepare, rollout_step
 
 
 def updates(tiny, tmp_path, move: float, **objective) -> list:
@@ -26,11 +25,12 @@ def updates(tiny, tmp_path, move: float, **objective) -> list:
         seen.append(inputs)
         return loss(inputs, config)
 
-    run.algorithm = replace(run.algorithm, objective=replace(run.algorithm.objective, loss=watched))
-    scored = rollout_step(run, 0, Clock())
+    objective = replace(run.algorithm.objective, loss=watched)
+    run = replace(run, algorithm=replace(run.algorithm, objective=objective))
+    scored = rollout_step(run, run.prompts(0), 0, Clock())
     batch = prepare(run, scored, 0)
     for iteration in range(3):
-        objective_gradient(run, batch, 0, iteration)
+        objective_term(run, batch, 0, iteration)
         with torch.no_grad():
             for group in run.optimizer.param_groups:
                 for p in group["params"]:

@@ -19,12 +19,12 @@ from processes import TRAIN, altered_train, finish, start, start_ranks, wait_unt
 from safetensors.torch import load_file
 from training import adapter, assert_same_run, changed, go, resolved, saved, tables, untimed, write
 
-from rgrl.algo.learning_rate import learning_rate
 from rgrl.checkpoint import Saver, check_model, checkpoints, damage, save
 from rgrl.config import OptimConfig, load_config
 from rgrl.errors import ConfigError
 from rgrl.folder import RUN_FILE, owner_of
 from rgrl.models import load_policy
+from rgrl.step import learning_rate
 from rgrl.tracking import read_metrics
 from rgrl.trainer import Loop, evaluate
 

@@ -1,4 +1,123 @@
-"""Every logged metric, explained."""
+"""The metrics of a step, each explained in `METRICS`; the functions that compute them are collective."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rgrl.algo.advantages import zero_spread
+from rgrl.algo.corrections import correction, effective_sample_size, log_ratio
+from rgrl.config import Config
+from rgrl.distributed import fraction, quantiles, total
+from rgrl.rewards.bridge import NAMES, SPECIAL, TEXT_KINDS, Coverage
+from rgrl.rollout.denoise import DenoiseStats
+from rgrl.types import Rollout, masked_mean
+
+
+class Clock:
+    """Seconds spent in each phase of a step, as `time/NAME`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the body's wall clock to `time/NAME`, once the GPU has finished it."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        key = f"time/{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+
+def rollout_metrics(
+    accelerator: Accelerator,
+    rollout: Rollout,
+    is_end: Callable[[Tensor], Tensor],
+    reward_B: Tensor,
+    terms: dict[str, Tensor],
+    G: int,
+) -> dict[str, float]:
+    """Rewards and lengths over all ranks. `terms` are the reward's terms by name, each r_B; NaN is no reward."""
+    mask_BC = rollout.completion_mask_BC
+    length_B = mask_BC.sum(1).float()
+    clipped_B = ~is_end(rollout.completion_BC).any(1)
+    all_B = accelerator.gather(reward_B.to(accelerator.device))
+    lengths_B = accelerator.gather(length_B)
+    metrics = {
+        "reward": all_B.nanmean().item(),
+        "reward_std": _std_in_groups(all_B.view(-1, G)),
+        "frac_reward_zero_std": zero_spread(all_B, G).float().mean().item(),
+        "completions/mean_length": lengths_B.mean().item(),
+        "completions/min_length": lengths_B.min().item(),
+        "completions/max_length": lengths_B.max().item(),
+        "completions/clipped_ratio": accelerator.gather(clipped_B.float()).mean().item(),
+    }
+    for name, term_B in terms.items():
+        everywhere_B = accelerator.gather(term_B.to(accelerator.device))
+        rated_B = everywhere_B[~everywhere_B.isnan()]
+        metrics[f"rewards/{name}/mean"] = rated_B.mean().item()
+        metrics[f"rewards/{name}/std"] = rated_B.std(correction=0).item() if len(rated_B) else math.nan
+    return metrics
+
+
+def _std_in_groups(reward_PG: Tensor) -> float:
+    """The mean over groups of the standard deviation within, of what has a reward; NaN where nothing has."""
+    std_P = reward_PG.std(1, correction=0)
+    for p in reward_PG.isnan().any(1).nonzero()[:, 0].tolist():
+        rated_G = reward_PG[p][~reward_PG[p].isnan()]
+        std_P[p] = rated_G.std(correction=0) if len(rated_G) else float("nan")
+    return std_P.nanmean().item()
+
+
+def bridge_metrics(
+    accelerator: Accelerator, rollout: Rollout, is_end: Callable[[Tensor], Tensor], coverage: Coverage
+) -> dict[str, float]:
+    """How the guide is shown the text tokens of a rollout, up to the first end token, and of the vocabulary."""
+    token_BC = rollout.completion_BC
+    kind_BC = coverage.kind_V.to(token_BC.device)[token_BC]
+    text_BC = (is_end(token_BC).cumsum(1) == 0) & (kind_BC != SPECIAL)
+    vocabulary = coverage.counts()
+    metrics, every = {}, max(1.0, total(accelerator, text_BC.sum().float()))
+    for kind, name in zip(TEXT_KINDS, NAMES, strict=False):
+        metrics[f"bridge/{name}"] = total(accelerator, (text_BC & (kind_BC == kind)).sum().float()) / every
+        metrics[f"bridge/vocabulary/{name}"] = float(vocabulary[name])
+    return metrics
+
+
+def guidance_metrics(
+    accelerator: Accelerator, config: Config, rollout: Rollout, stats: DenoiseStats
+) -> dict[str, float]:
+    """What guidance did to a rollout, and how far apart policy and guided sampler are, over all ranks."""
+    decided_BC = rollout.decided_BC
+    log_c_BC = log_ratio(rollout, "token")
+    inside_BC = decided_BC & log_c_BC.isfinite()
+    inside = max(1.0, total(accelerator, inside_BC.sum().float()))
+    c_B = accelerator.gather(log_ratio(rollout, "sequence").exp())
+    weight_B = accelerator.gather(masked_mean(correction(rollout, config.objective), decided_BC))
+    metrics = {
+        "guidance/changed": fraction(accelerator, stats.changed, stats.guided),
+        "guidance/broken": total(accelerator, sum(stats.broken, torch.zeros(()))),
+        "guidance/delta_logp": -total(accelerator, torch.where(inside_BC, log_c_BC, 0.0).sum()) / inside,
+        "guidance/outside_support": 1 - inside / total(accelerator, decided_BC.sum().float()),
+        "correction/mean": weight_B.mean().item(),
+        "correction/ess_full": effective_sample_size(c_B).item(),
+        "correction/ess": effective_sample_size(weight_B).item(),
+    }
+    metrics |= quantiles(accelerator, "correction/token", log_c_BC[decided_BC].exp())
+    metrics |= quantiles(accelerator, "correction/sequence_log", log_ratio(rollout, "sequence").clamp(min=-1e3))
+    for quarter, pairs in stats.weight.items():  # all four on every rank, whether or not its rows got that far
+        hidden = total(accelerator, torch.tensor(float(sum(n for _, n in pairs))))
+        weight = total(accelerator, torch.stack([w for w, _ in pairs]).sum() if pairs else torch.zeros(()))
+        if hidden > 0:
+            metrics[f"guidance/entropy_weight/q{quarter}"] = weight / hidden
+    return metrics
+
 
 METRICS = {
     "reward": "mean total reward of the rollouts that trained this step (guided, if guidance is on)",
@@ -17,14 +136,10 @@ METRICS = {
     "completions/clipped_ratio": "fraction of rows without an end token",
     "kl": "KL(policy || base), nats per token: the k3 estimate, or over the whole vocabulary (`objective.kl`)",
     "gradient/reward": "mean reward of blends of expected and written embeddings, by the model whose gradient trains",
-    "gradient/marginal": "KL of the policy's distribution, averaged over those places, to the base's, nats",
-    "gradient/kl": "mean KL(policy || base) over the whole vocabulary at the hidden places of those states, nats",
-    "gradient/entropy_weight": "mean entropy weight w at the places with an expected embedding",
-    "gradient/outside": "fraction of those places whose written token is not in the policy's own top-p/top-k support",
-    "gradient/broken": "fraction of those places whose gradient was not finite, and was not used",
-    "gradient/promised": "change of gradient/reward, times its weight, that the step's last update promised to first "
-    "order, a row; every `gradient.measure_steps` steps",
-    "gradient/came_true": "the change that came true",
+    "gradient/kl": "mean KL(policy || base) over the whole vocabulary at the hidden positions of those states, nats",
+    "gradient/entropy_weight": "mean entropy weight w at the positions with an expected embedding",
+    "gradient/outside": "fraction of those positions whose written token is outside the policy's top-p/top-k support",
+    "gradient/broken": "fraction of those positions whose gradient was not finite, and was not used",
     "grad_norm/objective": "norm of the weighted gradient of the objective alone, where there are two terms",
     "grad_norm/gradient": "norm of that of the reward's own gradient (`gradient.weight`)",
     "clip_ratio/low": "grpo: fraction of tokens whose ratio was clipped from below",

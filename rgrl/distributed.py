@@ -1,6 +1,7 @@
 """Exchanges between processes. Functions are collective unless they say otherwise; all processes get one answer."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -47,15 +48,7 @@ def quantiles(accelerator: Accelerator, name: str, value_N: Tensor) -> dict[str,
     return {f"{name}/{q}": float(value) for q, value in zip(("p05", "p50", "p95"), at_3, strict=True)}
 
 
-def take_gradient(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The gradients of all parameters, flat, 0 where there is none; the parameters have none then. Not collective."""
-    flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in parameters])
-    for p in parameters:
-        p.grad = None
-    return flat
-
-
-def set_gradient(parameters: list[torch.nn.Parameter], flat: Tensor) -> None:
+def set_gradient(parameters: Sequence[torch.nn.Parameter], flat: Tensor) -> None:
     """Give the parameters their pieces of a flat gradient. Not collective."""
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
