@@ -31,7 +31,7 @@ from rgrl.setup import Run, load_readouts, set_up
 from rgrl.step import Scored, gradient_term, objective_term, prepare, rollout_step
 
 # Alike for all: rollouts whose trajectory can be evaluated exactly, and no KL.
-COMMON = "--run.eval_steps 0 --objective.beta 0 --gradient.kl 0 --objective.iterations 1"
+COMMON = "--run.eval_steps 0 --objective.beta 0 --gradient.kl 0 --optim.updates 1"
 EXACT = "--rollout.block_cache false --objective.advantage leave_one_out --lora.dropout 0 --guidance.kind none"
 TERM = "--objective.weight 0 --gradient.weight 1"
 ESTIMATES = {

@@ -75,13 +75,13 @@ def update(c: Config, rows: float, prompt: int) -> float:
     operations = 0.0
     if c.objective.weight > 0:
         # The base, if there is a KL, and the policy before the first update, whose log-probabilities that update has.
-        draws = c.objective.iterations if c.objective.redraw else 1
+        draws = c.optim.updates if c.objective.redraw else 1
         once = (c.objective.beta > 0) * draws * whole + (draws - 1) * whole
-        operations += once + c.objective.iterations * learn
+        operations += once + c.optim.updates * learn
     if c.gradient.weight > 0:
         guide = SIZES[c.guidance.path or c.reward.path or ""]
         each = learn + (c.gradient.kl > 0) * whole + 2 * forward(guide, rows * C)
-        operations += c.objective.iterations * c.gradient.draws * each
+        operations += c.optim.updates * c.gradient.draws * each
     return operations
 
 

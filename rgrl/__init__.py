@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rgrl.trainer import evaluate, train
     from rgrl.types import Prompts
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "Config": "rgrl.config",

@@ -104,7 +104,7 @@ def what_is_learned(config: Config) -> str:
         weight = "" if g.weight == 1 else f"{g.weight:g} x "
         whose = "guide's" if g.of == "guide" else "reward's"
         terms.append(f"{weight}the {whose} gradient ({g.states} states, KL {g.kl:g})")
-    return f"learning from {' + '.join(terms)} | {count(o.iterations, 'update')} a rollout"
+    return f"learning from {' + '.join(terms)} | {count(config.optim.updates, 'update')} a rollout"
 
 
 def count(n: int, one: str, many: str | None = None) -> str:

@@ -142,14 +142,14 @@ def update_step(run: Run, scored: Scored, step: int, skipped_in_a_row: int, cloc
     skipped: list[dict[str, Any]] = []
     with clock.phase("update"):
         batch = prepare(run, scored, step)
-        for update in range(config.objective.iterations):
+        for update in range(config.optim.updates):
             terms = {}
             if config.objective.weight > 0:
                 terms["objective"] = objective_term(run, batch, step, update)
             if config.gradient.weight > 0:
                 terms["gradient"] = gradient_term(run, batch, step, update)
             found, norm = reduce_and_clip(run, terms)
-            rate = learning_rate(config, step * config.objective.iterations + update)
+            rate = learning_rate(config, step * config.optim.updates + update)
             if math.isfinite(norm + found["loss"]):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -196,7 +196,7 @@ def learning_rate(config: Config, update: int) -> float:
 
     A function of the update's number, so that resuming needs no schedule state.
     """
-    o, updates = config.optim, config.run.steps * config.objective.iterations
+    o, updates = config.optim, config.run.steps * config.optim.updates
     if update < o.warmup_steps:
         return o.learning_rate * (update + 1) / o.warmup_steps
     done = (update - o.warmup_steps) / max(1, updates - o.warmup_steps)
@@ -238,11 +238,11 @@ def prepare(run: Run, scored: Scored, step: int) -> Batch:
         guidance = run.gradient_model.guidance(config.guidance, config.reward.attend_eos)
         batch.guide = guidance.guide(scored.prompts)
         seeds = generators(config.run.seed, step, global_rows(run.accelerator, B), "states")
-        batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.objective.iterations)
+        batch.step_UKB = draw_steps(rollout, config.gradient, config.rollout, seeds, config.optim.updates)
     if config.objective.weight == 0:
         return batch
     batch.correction_BC = correction(rollout, config.objective) if "behaviour" in needs else None
-    for update in range(config.objective.iterations if config.objective.redraw else 1):
+    for update in range(config.optim.updates if config.objective.redraw else 1):
         batch.drawn.append(draw(run, batch, step, update))
     return batch
 

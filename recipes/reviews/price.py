@@ -25,8 +25,7 @@ from rgrl.step import roll_out, rollout_step, update_step
 RECIPE = Path(__file__).with_name("base.yaml")
 # Guided and exact, whatever the recipe says; the rate is so low that the updates leave the policy what it is.
 PLAIN = (
-    "--guidance.kind entrgi --guidance.share 1 --rollout.block_length 0 --objective.iterations 1 "
-    "--optim.learning_rate 1e-12"
+    "--guidance.kind entrgi --guidance.share 1 --rollout.block_length 0 --optim.updates 1 --optim.learning_rate 1e-12"
 ).split()
 VARIANTS = {
     "exact": [],

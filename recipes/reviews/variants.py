@@ -14,7 +14,7 @@ def changed(start: str, changes: dict[str, str]) -> Variants:
 
 
 GRADIENT = changed(
-    "--guidance.kind entrgi --objective.weight 0 --objective.iterations 4 --gradient.weight 1 --gradient.kl 2 "
+    "--guidance.kind entrgi --objective.weight 0 --optim.updates 4 --gradient.weight 1 --gradient.kl 2 "
     "--gradient.states late",
     {
         "gradient": "",
@@ -35,37 +35,27 @@ GRADIENT = changed(
         "gradient, w = 1": "--gradient.blend aps",
         "gradient, kl 1": "--gradient.kl 1",
         "gradient, kl 4": "--gradient.kl 4",
-        "gradient, 2 updates": "--objective.iterations 2",
-        "gradient, 2 updates, 2 states": "--objective.iterations 2 --gradient.draws 2",
+        "gradient, 2 updates": "--optim.updates 2",
+        "gradient, 2 updates, 2 states": "--optim.updates 2 --gradient.draws 2",
         "gradient, falling rate": "--optim.schedule linear --optim.learning_rate 6e-4",
         "gradient, kl 3": "--gradient.kl 3",
         "gradient, centred by row": "--gradient.centre row",
         "gradient, centred": "--gradient.centre batch",
         "gradient, centred, kl 1": "--gradient.centre batch --gradient.kl 1",
         "gradient, centred, kl .5": "--gradient.centre batch --gradient.kl 0.5",
-        "gradient, marginal 10": "--gradient.marginal 10",
-        "gradient, marginal 30": "--gradient.marginal 30",
-        "gradient, marginal 30, kl 1": "--gradient.marginal 30 --gradient.kl 1",
-        "gradient, marginal 100": "--gradient.marginal 100",
         "gradient + reinforce": "--objective.weight 1",
-        "gradient + reinforce, marginal 30": "--objective.weight 1 --gradient.marginal 30",
         "gradient + reinforce, unguided": "--objective.weight 1 --guidance.kind none",
         "gradient + reinforce, half guided": "--objective.weight 1 --guidance.share 0.5",
         "gradient + reinforce, kl 4": "--objective.weight 1 --gradient.kl 4",
         "gradient + reinforce, centred": "--objective.weight 1 --gradient.centre batch",
-        "distilled sampler": "--gradient.loss distil",
-        "distilled sampler, Adam": "--gradient.loss distil_adam",
         "tilt matching": "--gradient.weight 0 --objective.weight 1 --objective.name tilt_matching --objective.beta 0 "
         "--objective.advantage tilted --guidance.kind none",
-        "hybrid, control .1": "--gradient.weight 0 --objective.weight 1 --objective.name hybrid "
-        "--objective.control 0.1 --objective.estimator trajectory --objective.advantage leave_one_out "
-        "--objective.iterations 1 --guidance.kind none --rollout.block_cache false",
     },
 )
 # The reward's gradient beside a comparison within groups that are half guided (guided.yaml).
 TERM = "--gradient.states late --gradient.weight"
 GUIDED = changed(
-    "--guidance.kind entrgi --guidance.share 0.5 --objective.name grpo --objective.iterations 4 --objective.beta 0.1",
+    "--guidance.kind entrgi --guidance.share 0.5 --objective.name grpo --optim.updates 4 --objective.beta 0.1",
     {
         "half guided": "",
         "half guided + gradient": f"{TERM} 1 --gradient.kl 3 --objective.beta 0",
@@ -77,11 +67,11 @@ GUIDED = changed(
 )
 # What led to reinforce.yaml, when it was the default.
 PLAIN = (
-    "--objective.name reinforce --objective.estimator one_step --objective.iterations 1 --objective.correction none "
+    "--objective.name reinforce --objective.estimator one_step --optim.updates 1 --objective.correction none "
     "--guidance.kind entrgi --guidance.share 1.0 --guidance.support guided --rollout.block_length 0 "
     "--optim.learning_rate 4e-4 --optim.schedule constant --objective.beta 0.075"
 )
-FOUR = "--objective.name grpo --objective.iterations 4"
+FOUR = "--objective.name grpo --optim.updates 4"
 BOTH = f"{FOUR} --guidance.share 0.5 --rollout.block_length 10"
 BLOCKS = "--guidance.kind none --rollout.block_length 10"
 ABLATION = changed(
@@ -120,7 +110,7 @@ SPARSE: Variants = {
     "sparse, the guide's gradient too": (
         "sparse",
         "--gradient.weight 1 --gradient.of guide --gradient.kl 4 --gradient.blend expectation --gradient.states late "
-        "--objective.name grpo --objective.beta 0 --objective.iterations 4".split(),
+        "--objective.name grpo --objective.beta 0 --optim.updates 4".split(),
     ),
 }
 SETS = {"main": MAIN, "gradient": MAIN | GRADIENT | GUIDED, "ablation": ABLATION, "bridge": BRIDGE, "sparse": SPARSE}

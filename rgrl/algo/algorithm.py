@@ -9,6 +9,7 @@ from rgrl.algo.estimators import ESTIMATORS, Estimator
 from rgrl.algo.objectives import OBJECTIVES, Objective
 from rgrl.algo.own import own_advantage, own_estimator, own_objective
 from rgrl.config import Config, ObjectiveConfig
+from rgrl.config.load import GONE
 from rgrl.errors import ConfigError
 from rgrl.plugins import is_own, resolve
 
@@ -68,6 +69,8 @@ def resolve_algorithm(config: Config) -> Algorithm:
 
 
 def _resolve(what: str, name: str, known: dict[str, Any], kind: Any) -> Any:
+    if name == "hybrid" and what == "objective":
+        raise ConfigError(f"`objective.name: hybrid` {GONE}")
     found = resolve(name, what, known)
     if not isinstance(found, kind):
         raise ConfigError(f"{what} {name!r} is not of the type {kind.__name__}")

@@ -66,7 +66,7 @@ ALIASES = {
     "model_revision": "model.revision",
     "n_epochs": "run.steps",
     "num_epochs": "run.steps",
-    "num_iterations": "objective.iterations",
+    "num_iterations": "optim.updates",
     "num_train_epochs": "run.steps",
     "num_training_steps": "run.steps",
     "pass_at_k": "eval.samples",

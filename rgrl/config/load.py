@@ -8,6 +8,7 @@ what is wrong and what would be right.
 
 import dataclasses
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ _NULL = "tag:yaml.org,2002:null"
 _NULLS = ("", "~", "null", "Null", "NULL")
 _PARTS = ("reward", "functions")  # where a number stands for a mapping that says only `weight`
 _MERGE = "tag:yaml.org,2002:merge"
+RENAMED = {"objective.iterations": "optim.updates"}
+# Settings of release 0.1.0 that did not pay (experiments/LOG.md), and the values under which they did nothing (None:
+# any): those are dropped, as the config.yaml of every run of that release has them.
+REMOVED: dict[str, tuple[str, ...] | None] = {
+    "gradient.loss": ("first_order",),
+    "gradient.eta": None,
+    "gradient.centre": ("none",),
+    "gradient.marginal": ("0", "0.0"),
+    "gradient.reuse": ("false",),
+    "gradient.measure_steps": None,
+}
+GONE = "was removed in 0.2.0, as it did not pay in our experiments (experiments/LOG.md); release 0.1.0 (cc2d4ec) has it"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -35,7 +48,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree = _read(path, (), {})
     for key, text in _parse_overrides(overrides or []):
-        _override(tree, key, text)
+        if key in REMOVED or key in RENAMED:
+            section, name = key.split(".")
+            current = _current({section: {name: text}}, f"--{key}").items()
+            pairs = [(f"{at}.{name}", value) for at, values in current for name, value in values.items()]
+        else:
+            pairs = [(key, text)]
+        for name, value in pairs:
+            _override(tree, name, value)
     # A section with nothing in it is one where every line is a comment.
     config = Config(**{key: {} if isinstance(value, Null) else value for key, value in tree.items()})
     check(config)
@@ -59,11 +79,37 @@ def _read(path: str | Path, below: tuple[Path, ...], known: dict[Path, dict[str,
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not {short(tree)}")
+    tree = _current(tree, str(path))
     above: dict[str, Any] = {}
     for parent in _parents(tree.pop("extends", Null()), path):
         above = _overlay(above, _read(parent, (*below, place), known))
     known[place] = _overlay(above, tree)
     return known[place]
+
+
+def _current(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings as they are called today, without those that were removed. `where` names them in messages.
+
+    Raises `ConfigError` for a removed setting that did something, and for two names of one setting that disagree.
+    """
+    tree = {name: dict(values) if isinstance(values, dict) else values for name, values in tree.items()}
+    for key, harmless in REMOVED.items():
+        section, _, name = key.partition(".")
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            value = tree[section].pop(name)
+            if harmless is not None and str(value).lower() not in harmless:
+                raise ConfigError(f"`{key}` {GONE}")
+    for old, new in RENAMED.items():
+        (section, _, name), (now, _, name_now) = old.partition("."), new.partition(".")
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            value = tree[section].pop(name)
+            below = tree.get(now)
+            given = tree[now] = below if isinstance(below, dict) else {}
+            if given.setdefault(name_now, value) != value:
+                raise ConfigError(f"{where}: `{old}` is called `{new}` now, and both are given")
+            text = f"`{old}` is called `{new}` now"
+            warnings.warn_explicit(text, FutureWarning, filename=where, lineno=0)
+    return tree
 
 
 def _read_text(path: str | Path, by: str) -> tuple[Path, str]:

@@ -414,8 +414,8 @@ class ObjectiveConfig:
     """Weight of the objective's gradient, beside that of `gradient.weight`. 0 leaves the objective out, with its KL
     (`beta`) and all its forward passes."""
     name: Text = "reinforce"
-    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, `dmpo`, `gdsd`, `tilt_matching`, `hybrid`, or a
-    dotted path `package.module:attribute`. `rgrl/algo/objectives.py` says what each one is."""
+    """`likelihood`, `weighted`, `wd1`, `reinforce`, `grpo`, `spg`, `dmpo`, `gdsd`, `tilt_matching`, or a dotted path
+    `package.module:attribute`. `rgrl/algo/objectives.py` says what each one is."""
     estimator: Text = "one_step"
     """Log-probability estimator: `one_step`, `elbo`, `coupled`, `quadrature`, `sequence_elbo`, `trajectory`,
     `trajectory_sampled`, `block_bounds`, or a dotted path. `rgrl/algo/estimators.py` says what each one is."""
@@ -436,7 +436,7 @@ class ObjectiveConfig:
     weight_temperature: Annotated[Number, Gt(0)] = 1.0
     """`reward_weighted`, `tilted`: beta, `wd1`: 1 / psi, in units of the reward; `gdsd`: 1 / psi, of the advantage."""
     control: Annotated[Number, Ge(0), Le(1)] = 1.0
-    """`hybrid`, `tilt_matching`: weight of the control variate, 0 ... 1; 0 does without."""
+    """`tilt_matching`: weight of the control variate, 0 ... 1; 0 does without."""
     correction: Literal["none", "truncate", "mask"] = "none"
     """Importance weights for tokens sampled under guidance, from c = (probability under the policy) / (under the guided
     sampler): `none` is 1, `truncate` min(c, correction_max), `mask` c where correction_min <= c <= correction_max, else
@@ -458,12 +458,10 @@ class ObjectiveConfig:
     """`grpo`: the ratio is clipped below 1 - epsilon_low."""
     epsilon_high: Annotated[Number, Ge(0)] = 0.2
     """`grpo`: the ratio is clipped above 1 + epsilon_high."""
-    iterations: Annotated[Whole, Ge(1), Le(1000)] = 1
-    """Optimizer updates per rollout. d1: 12."""
     redraw: Flag = False
-    """Whether each of these updates has noise of its own (which tokens are hidden for the log-probabilities), as in d1,
-    or that of the first. Takes a forward pass more for each update, for the log-probabilities before the first, where
-    the objective needs those."""
+    """Whether each of a rollout's updates (`optim.updates`) has noise of its own (which tokens are hidden for the
+    log-probabilities), as in d1, or that of the first. Takes a forward pass more for each update, for the
+    log-probabilities before the first, where the objective needs those."""
     prompt_mask: Annotated[Number, Ge(0), Lt(1)] = 0.3
     """Probability with which `one_step` hides each prompt token. Paper: 0.3."""
     settings: dict[Text, Anything] = field(default_factory=dict)
@@ -488,12 +486,6 @@ class GradientConfig:
     kl: Annotated[Number, Ge(0), Le(1e6)] = 1.0
     """Weight of the KL(policy || frozen base) over the whole vocabulary (untempered), within the term: its sum over the
     same hidden places, divided by the completion's tokens. 0: the base is not evaluated."""
-    loss: Literal["first_order", "distil", "distil_adam"] = "first_order"
-    """`first_order`: the reward to first order rises. The guided sampler distilled: the KL, of the sum over places by
-    the completion's tokens, to what one step of guidance of size `eta` makes of the logits, along the gradient
-    (`distil`) or as Adam's first step makes it, nearly eta everywhere (`distil_adam`, as `guidance.steps: 1` does)."""
-    eta: Annotated[Number, Gt(0), Le(1e6)] = 0.5
-    """`distil`, `distil_adam`: step size on the logits."""
     blend: Literal["entrgi", "expectation", "aps"] = "entrgi"
     """At what the reward's gradient is taken, as in `guidance.kind`: between the expected embedding and that of the
     completion's token by the policy's entropy w (`entrgi`), the expected one (w = 0), or the token's (w = 1)."""
@@ -505,20 +497,6 @@ class GradientConfig:
     places: Literal["all", "block"] = "all"
     """Which hidden places are asked about: all that the canvas hides at that step, or only those of the block that was
     being written. The reward is shown the rest of the completion as it was written."""
-    centre: Literal["none", "row", "batch"] = "none"
-    """What is subtracted from each gradient: nothing, the mean over its row's places, or that over all places of the
-    step. The reward's gradient is much the same direction in every context; what is left says where a token is worth
-    more than elsewhere. `batch` costs one more forward pass of the policy."""
-    marginal: Annotated[Number, Ge(0), Le(1e6)] = 0.0
-    """Weight of a KL between averages, in units of `kl`: of the policy's distribution, averaged over all hidden places
-    of an update, to the base's. It resists a word that spreads everywhere, and leaves alone what a place asks for.
-    Costs one more forward pass of the policy. 0: not computed."""
-    reuse: Flag = False
-    """Approximation: all updates on a rollout use the states and the gradients of the first, which saves the passes of
-    the base and of the reward model."""
-    measure_steps: Annotated[Whole, Ge(0), Le(MANY)] = 10
-    """Number of steps between measurements of how much of the reward that an update promises to first order comes
-    true, by one more forward pass. 0: never."""
 
 
 @section("optim")
@@ -536,6 +514,8 @@ class OptimConfig:
     0.99."""
     max_grad_norm: Annotated[Number, Gt(0)] = 1.0
     """Gradients are scaled down to this global norm. d1: 0.2."""
+    updates: Annotated[Whole, Ge(1), Le(1000)] = 1
+    """Number of optimizer updates on each rollout. d1: 12."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from training import changed, write
 
+from rgrl.algo import resolve_algorithm
 from rgrl.cli import main
 from rgrl.config import (
     Config,
@@ -576,3 +578,55 @@ def test_settings_are_read_fast():
         return min(float(run.stdout) for run in runs)
 
     assert seconds("rgrl.config") < 4 * seconds("pydantic, yaml")
+
+
+MINIMAL = "model: {path: m}\ndata: {path: d}\nrun: {output_dir: o}\nreward: {path: r}\n"
+OLD = {  # a setting of release 0.1.0 and a value -> the line that refuses it, or None where the value did nothing
+    ("gradient.loss", "distil"): "`gradient.loss` was removed in 0.2.0",
+    ("gradient.loss", "first_order"): None,
+    ("gradient.eta", "0.25"): None,
+    ("gradient.centre", "row"): "`gradient.centre` was removed in 0.2.0",
+    ("gradient.centre", "none"): None,
+    ("gradient.marginal", "1e-3"): "`gradient.marginal` was removed in 0.2.0",
+    ("gradient.marginal", "0.0"): None,
+    ("gradient.reuse", "true"): "`gradient.reuse` was removed in 0.2.0",
+    ("gradient.reuse", "false"): None,
+    ("gradient.measure_steps", "1"): None,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), OLD)
+@pytest.mark.parametrize("given", ["file", "override", "extended"])
+def test_settings_that_were_removed_name_the_release_that_has_them(tmp_path, key, value, given):
+    (section, _, name), line = key.partition("."), OLD[key, value]
+    text = f"{section}: {{{name}: {value}}}\n" if given != "override" else ""
+    (tmp_path / "a.yaml").write_text(MINIMAL + text)
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    path = tmp_path / ("b.yaml" if given == "extended" else "a.yaml")
+    words = [f"--{key}", value] if given == "override" else []
+    if line is None:
+        assert name not in to_dict(load_config(path, words))[section]
+        return
+    with pytest.raises(ConfigError, match=re.escape(line)) as error:
+        load_config(path, words)
+    assert "release 0.1.0" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_number_of_updates_has_an_older_name(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(MINIMAL + "objective: {iterations: 3}\n")
+    with pytest.warns(FutureWarning, match=r"`objective.iterations` is called `optim.updates` now"):
+        config = load_config(path)
+    assert config.optim.updates == 3 and "iterations" not in as_yaml(config)
+    with pytest.warns(FutureWarning):
+        assert load_config(path, ["--objective.iterations", "5"]).optim.updates == 5
+    with pytest.warns(FutureWarning):
+        assert load_config(path, ["--optim.updates", "6"]).optim.updates == 6
+    path.write_text(MINIMAL + "objective: {iterations: 3}\noptim: {updates: 4}\n")
+    with pytest.raises(ConfigError, match="both are given"):
+        load_config(path)
+
+
+def test_a_removed_objective_names_the_release_that_has_it():
+    with pytest.raises(ConfigError, match=r"`objective.name: hybrid` was removed in 0.2.0"):
+        resolve_algorithm(Config(objective=ObjectiveConfig(name="hybrid")))

@@ -39,7 +39,8 @@ TINY = {
     "grpo": {
         "guidance": {"kind": "entrgi", "steps": 2, "share": 0.5},
         "rollout": {"steps": 8, "block_length": 4},
-        "objective": {"name": "grpo", "beta": 0.05, "iterations": 2, "correction": "truncate"},
+        "objective": {"name": "grpo", "beta": 0.05, "correction": "truncate"},
+        "optim": {"updates": 2},
         "run": {"gradient_accumulation_steps": 2},
     },
     "likelihood": {"objective": {"name": "likelihood", "beta": 0.0, "estimator": "coupled"}},
@@ -55,9 +56,9 @@ TINY = {
             "name": "gdsd",
             "estimator": "sequence_elbo",
             "level": "sequence",
-            "iterations": 2,
             "redraw": True,
-        }
+        },
+        "optim": {"updates": 2},
     },
     "tilt_matching": UNGUIDED
     | {
@@ -65,21 +66,23 @@ TINY = {
             "name": "tilt_matching",
             "advantage": "tilted",
             "estimator": "quadrature",
-            "iterations": 2,
             "redraw": True,
             "kl": "full",
-        }
+        },
+        "optim": {"updates": 2},
     },
     # The reward's gradient alone, in blocks and micro-batches, and beside an objective.
     "gradient": {
-        "objective": {"weight": 0.0, "iterations": 2},
+        "objective": {"weight": 0.0},
+        "optim": {"updates": 2},
         "gradient": {"weight": 1.0, "kl": 0.5, "states": "late", "blend": "expectation", "draws": 2},
         "rollout": {"steps": 8, "block_length": 4},
         "run": {"gradient_accumulation_steps": 2},
     },
     "gradient_and_grpo": {
         "guidance": {"kind": "entrgi", "share": 0.5},
-        "objective": {"name": "grpo", "beta": 0.05, "kl": "full", "iterations": 2, "correction": "mask"},
+        "objective": {"name": "grpo", "beta": 0.05, "kl": "full", "correction": "mask"},
+        "optim": {"updates": 2},
         "gradient": {"weight": 0.5, "kl": 0.0, "places": "block", "blend": "entrgi"},
         "rollout": {"block_length": 4},
     },

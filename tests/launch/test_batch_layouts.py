@@ -36,9 +36,9 @@ def reviews(tmp_path_factory) -> dict:
         "reward": {"path": str(models["reward"])},
         "judge": {"path": str(models["judge"])},
         "rollout": {"num_generations": 2, "max_completion_length": 12, "steps": 8, "position_temperature": 0.1},
-        "objective": {"name": "grpo", "beta": 0.1, "kl": "full", "prompt_mask": 0.3, "iterations": 2},
+        "objective": {"name": "grpo", "beta": 0.1, "kl": "full", "prompt_mask": 0.3},
         "gradient": {"weight": 0.5, "kl": 0.4, "states": "late"},
-        "optim": {"learning_rate": 1e-3, "max_grad_norm": 1e6},
+        "optim": {"learning_rate": 1e-3, "max_grad_norm": 1e6, "updates": 2},
         "run": {"output_dir": str(tmp_path_factory.mktemp("run")), "prompts_per_device": 4},
     }
 

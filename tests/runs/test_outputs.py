@@ -15,7 +15,8 @@ from rgrl.tracking import report
 
 def test_bfloat16_base_trains_a_float32_adapter(tiny, tmp_path):
     tiny["model"]["dtype"] = tiny["reward"]["dtype"] = tiny["judge"]["dtype"] = "bfloat16"
-    tiny["objective"] |= {"name": "grpo", "iterations": 2}
+    tiny["objective"] |= {"name": "grpo"}
+    tiny["optim"] |= {"updates": 2}
     assert load_policy(resolved(tiny, tmp_path).model).causal_lm.dtype == torch.bfloat16
     output = go(tiny, tmp_path)
     lines = untimed(output)

@@ -59,7 +59,8 @@ def test_the_set_up_is_two_commands_of_one_line():
 
 
 def test_every_logged_metric_is_in_the_glossary(tiny, tmp_path):
-    tiny["objective"] |= {"name": "grpo", "iterations": 2}
+    tiny["objective"] |= {"name": "grpo"}
+    tiny["optim"] |= {"updates": 2}
     tiny["gradient"] = {"weight": 1.0}
     tiny["reward"]["functions"] = {"processes:die_at_call": 0.5}
     tiny["eval"] = {"samples": 2, "passes": {"die_at_call": 1.0}}

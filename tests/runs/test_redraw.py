@@ -14,9 +14,13 @@ from rgrl.step import objective_term, prepare, rollout_step
 
 def updates(tiny, tmp_path, move: float, **objective) -> list:
     """What the objective is given at each of three updates, all parameters moved by `move` after each."""
-    settings = {"name": "grpo", "iterations": 3, "beta": 0.1, **objective}
+    settings = {"name": "grpo", "beta": 0.1, **objective}
     tiny = changed(
-        tiny, objective=settings, lora={"dropout": 0.3}, run={"gradient_accumulation_steps": 2, "eval_steps": 0}
+        tiny,
+        objective=settings,
+        optim={"updates": 3},
+        lora={"dropout": 0.3},
+        run={"gradient_accumulation_steps": 2, "eval_steps": 0},
     )
     run = set_up(resolved(tiny, tmp_path), Accelerator(cpu=True))
     seen, loss = [], run.algorithm.objective.loss
@@ -60,7 +64,7 @@ def test_the_policy_of_before_is_that_of_before_the_first_update(tiny, tmp_path)
 def test_one_update_is_the_same_either_way_and_several_are_not(tiny, tmp_path):
     tiny = changed(tiny, objective={"name": "grpo"}, run={"steps": 1, "eval_steps": 0})
     outs = [
-        go(changed(tiny, objective={"redraw": redraw, "iterations": n}), tmp_path, output_dir=f"{redraw}{n}")
+        go(changed(tiny, objective={"redraw": redraw}, optim={"updates": n}), tmp_path, output_dir=f"{redraw}{n}")
         for redraw in (False, True)
         for n in (1, 2)
     ]
@@ -71,6 +75,6 @@ def test_one_update_is_the_same_either_way_and_several_are_not(tiny, tmp_path):
 @pytest.mark.parametrize("name", ["gdsd", "tilt_matching", "dmpo"])
 def test_other_objectives_redraw_too(tiny, tmp_path, name):
     advantage = {"tilt_matching": "tilted", "dmpo": "tilted"}.get(name, "zscore")
-    settings = {"name": name, "advantage": advantage, "iterations": 2, "redraw": True}
-    out = go(changed(tiny, objective=settings, run={"steps": 1, "eval_steps": 0}), tmp_path)
+    settings = {"name": name, "advantage": advantage, "redraw": True}
+    out = go(changed(tiny, objective=settings, optim={"updates": 2}, run={"steps": 1, "eval_steps": 0}), tmp_path)
     assert (out / "checkpoints" / "step_000001").is_dir()

@@ -32,8 +32,8 @@ RECIPE = REPO / "recipes" / "reviews" / "base.yaml"
 VARIANTS = {
     "everything": {
         "lora": {"dropout": 0.2},
-        "objective": {"name": "grpo", "beta": 0.05, "iterations": 3},
-        "optim": {"schedule": "linear", "warmup_steps": 4, "weight_decay": 0.1},
+        "objective": {"name": "grpo", "beta": 0.05},
+        "optim": {"updates": 3, "schedule": "linear", "warmup_steps": 4, "weight_decay": 0.1},
         "run": {"gradient_accumulation_steps": 2},
     },
     "reinforce": {},
@@ -198,8 +198,8 @@ def test_resumed_run_follows_its_own_learning_rate(tiny, tmp_path):
     ],
 )
 def test_the_learning_rate_of_each_update(schedule, warmup, expected):
-    optim = OptimConfig(learning_rate=2.0, schedule=schedule, warmup_steps=warmup)
-    words = ["--run.steps", "2", "--objective.iterations", "4"]
+    optim = OptimConfig(learning_rate=2.0, updates=4, schedule=schedule, warmup_steps=warmup)
+    words = ["--run.steps", "2"]
     config = replace(load_config(RECIPE, words), optim=optim)
     assert [learning_rate(config, n) / 2 for n in range(8)] == pytest.approx(expected, abs=1e-6)
 
@@ -455,7 +455,8 @@ def test_every_setting_that_differs_is_named_by_itself(tiny, tmp_path):
 def test_everything_that_may_change_on_resuming(tiny, tmp_path):
     go(tiny, tmp_path, steps=1)
     tiny["guidance"] |= {"eta": 0.1, "steps": 2}
-    tiny["objective"] |= {"name": "grpo", "beta": 0.1, "iterations": 2, "advantage": "centred"}
+    tiny["objective"] |= {"name": "grpo", "beta": 0.1, "advantage": "centred"}
+    tiny["optim"]["updates"] = 2
     tiny["rollout"]["temperature"] = 0.5
     tiny["optim"]["learning_rate"] = 5e-3
     tiny["tracking"]["completions_steps"] = 0

@@ -32,7 +32,7 @@ def tiny(tiny) -> dict:
     ],
 )
 def test_what_is_turned_off_makes_no_forward_pass(tiny, tmp_path, objective, gradient, passes):
-    config = changed(tiny, objective={"iterations": 2, **objective}, gradient=gradient)
+    config = changed(tiny, objective=objective, optim={"updates": 2}, gradient=gradient)
     _, told = step(resolved(config, tmp_path))
     assert told["calls"]["update"] == passes
     assert ("grad_norm/gradient" in told) == (len(gradient) > 0 and "weight" not in objective)
@@ -95,7 +95,7 @@ SECTIONS = {
 @pytest.mark.parametrize("name", SECTIONS)
 def test_each_way_trains(tiny, tmp_path, name):
     term = {"gradient": {"weight": 1.0}} if "gradient" in SECTIONS[name] else {}
-    tiny = changed(changed(tiny, objective={"iterations": 2}, **term), **SECTIONS[name])
+    tiny = changed(changed(tiny, optim={"updates": 2}, **term), **SECTIONS[name])
     lines = untimed(go(tiny, tmp_path))
     assert all(line["grad_norm"] > 1e-4 and line["update/skipped"] == 0 for line in lines)
     assert ("gradient/reward" in lines[0]) == bool(term)
@@ -103,7 +103,7 @@ def test_each_way_trains(tiny, tmp_path, name):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path):
     tiny = changed(tiny, gradient={"weight": 1.0, "draws": 2}, lora={"dropout": 0.2})
-    tiny = changed(tiny, objective={"iterations": 2})
+    tiny = changed(tiny, optim={"updates": 2})
     whole = go(tiny, tmp_path, output_dir="whole", steps=4, eval_steps=2)
     broken = go(tiny, tmp_path, output_dir="broken", steps=2, eval_steps=2)
     again = go(tiny, tmp_path, output_dir="broken", steps=4, eval_steps=2, resume_from_checkpoint="latest")
