@@ -1,4 +1,4 @@
-"""Exchanges between processes. Functions are collective unless they say otherwise; all processes get one answer."""
+"""Exchanges between processes. Functions are collective unless noted; all processes get one answer."""
 
 import math
 from collections.abc import Sequence

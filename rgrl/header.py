@@ -1,4 +1,4 @@
-"""What a command says before it begins: where it runs, what it trains, how much a step is, where the records go."""
+"""What a command prints before it begins: where it runs, what it trains, how large a step is, where records go."""
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from rgrl.setup import Run
 
 
 def header(run: Run, first_step: int, records: str) -> list[str]:
-    """The lines before the first step of a run. `records` says where they go besides the output folder."""
+    """The lines before the first step of a run. `records` names where they go besides the output folder."""
     config, last_step = run.config, run.config.run.steps
     steps = f"steps {first_step} ... {last_step}" if first_step <= last_step else f"all {last_step} steps are done"
     lines = [
@@ -89,8 +89,8 @@ def a_step(config: Config, n: int) -> str:
     """The rows of a step over all processes, and how many of them are guided."""
     P, G, kind = config.run.prompts_per_device, config.rollout.num_generations, config.guidance.kind
     rows = f"{n} x {P} prompts x {G}" if n > 1 else f"{P} prompts x {G}"
-    share = round(config.guidance.share * G) / G if kind != "none" else 0.0
-    guided = f"{100 * share:.0f} % guided" + (f" by {kind}" if share else "")
+    fraction = round(config.guidance.share * G) / G if kind != "none" else 0.0
+    guided = f"{100 * fraction:.0f} % guided" + (f" by {kind}" if fraction else "")
     return f"{n * P * G} rows a step ({rows} completions), {guided}"
 
 
@@ -102,8 +102,8 @@ def what_is_learned(config: Config) -> str:
         terms.append(f"{weight}{o.name} with {o.advantage} advantages" + (f", KL {o.beta:g}" if o.beta else ""))
     if g.weight > 0:
         weight = "" if g.weight == 1 else f"{g.weight:g} x "
-        whose = "guide's" if g.of == "guide" else "reward's"
-        terms.append(f"{weight}the {whose} gradient ({g.states} states, KL {g.kl:g})")
+        owner = "guide's" if g.of == "guide" else "reward's"
+        terms.append(f"{weight}the {owner} gradient ({g.states} states, KL {g.kl:g})")
     return f"learning from {' + '.join(terms)} | {count(config.optim.updates, 'update')} a rollout"
 
 

@@ -60,10 +60,10 @@ class Run:
 def set_up(config: Config, accelerator: Accelerator, resumed: bool = False) -> Run:
     """Load every component and check what the settings alone cannot tell. Raises `ConfigError`.
 
-    `Run.config` says what was found: commits of the Hub, and the names of the layers to adapt. Where a run is
+    `Run.config` holds what was found: commits of the Hub, and the names of the layers to adapt. Where a run is
     `resumed`, its adapter is not read from `lora.path`: it will come from the checkpoint.
     """
-    # Nothing here uses the global generators, but a user's own reward or objective may.
+    # Nothing here uses the global generators, but user code may.
     seed_globals(config.run.seed, 0, accelerator.process_index)
     algorithm = resolve_algorithm(config)
     start = read_start(config.lora) if config.lora.path is not None and not resumed else None
@@ -179,7 +179,7 @@ def load_adapter(
 ) -> dict[str, Any]:
     """Add the adapter, with the weights of `lora.path` (`start`), and share the frozen layers. Collective.
 
-    Returns what `about.json` says of the weights it starts from. Raises `ConfigError`.
+    Returns what `about.json` records of the weights it starts from. Raises `ConfigError`.
     """
     add_lora(policy, config.lora, config.run.seed).eval()
     about: dict[str, Any] = {}

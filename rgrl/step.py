@@ -1,6 +1,6 @@
 """One RGRL step, readable top to bottom: `rollout_step`, then `update_step`.
 
-Every process holds the frozen model, whole or its part (FSDP2), and the same adapter. It rolls out its own prompts, and
+Every process holds the frozen model, whole or its part (FSDP2), and the same adapter. It rolls out a part of the step's prompts, and
 exchanges only adapter gradients, a handful of sums and, where it holds a part, the weights of the next forward pass.
 """
 
@@ -53,7 +53,7 @@ def rollout_step(run: Run, prompts: Prompts, step: int, clock: Clock) -> Scored:
 def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, purpose: str, clock: Clock) -> Scored:
     """One scored completion for each of B prompts, groups of G standing together. `step` and `purpose` seed the noise.
 
-    The first completions of each group are guided, as many as `guidance.share` says; the others are the policy's own.
+    The first completions of each group are guided, as many as `guidance.share` allows; the others are unguided.
     """
     config, policy, accelerator = run.config, run.policy, run.accelerator
     B, G, stats = len(prompts), config.rollout.num_generations, DenoiseStats()

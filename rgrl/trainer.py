@@ -132,7 +132,7 @@ def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tupl
 
 
 def check_history(resume: Path) -> None:
-    """Refuse a checkpoint whose memory of evaluations is none. Raises `ConfigError`."""
+    """Refuse a checkpoint whose record of evaluations cannot be read. Raises `ConfigError`."""
     try:
         History.of(progress_of(resume).evaluations)
     except ValueError as error:
@@ -157,7 +157,7 @@ def open_output(run: Run, owner: Owner, resume: Path | None, progress: Progress)
 
 
 def make_evaluators(run: Run, report: Callable[[str], None]) -> list[Evaluator]:
-    """What a run is measured by; `report` shows progress. One of your own is added here."""
+    """What a run is measured by; `report` shows progress. Add your evaluator here."""
     if run.eval_prompts is None:
         return []
     held_out = HeldOut(
@@ -175,17 +175,17 @@ def make_evaluators(run: Run, report: Callable[[str], None]) -> list[Evaluator]:
 
 def saved_step(config: Config, resume: Path | None, progress: Progress) -> int:
     """The step whose checkpoint `run.output_dir` holds already, -1 if none: a run may start from another folder's."""
-    own = [path.resolve() for path in checkpoints(Path(config.run.output_dir))]
-    return progress.step if resume is not None and resume.resolve() in own else -1
+    ours = [path.resolve() for path in checkpoints(Path(config.run.output_dir))]
+    return progress.step if resume is not None and resume.resolve() in ours else -1
 
 
 def ask_for_requeue(output: Path, reason: str) -> None:
-    """Leave a file that says why the run stopped: some launchers turn every exit code into 1."""
+    """Write a file with the reason why the run stopped: some launchers turn every exit code into 1."""
     try:
         if not owns_request(output / "requeue"):
             raise not_ours(output / "requeue")
         (output / "requeue").write_text(f"{reason}\n")
-    except OSError as error:  # all that matters is saved, and the exit code says the same
+    except OSError as error:  # all that matters is saved, and the exit code has the same meaning
         warn(f"cannot write {output / 'requeue'}: {error}")
 
 
@@ -323,7 +323,7 @@ class Loop:
         """
         run, step = self.run, self.progress.step
         history, now = History.of(self.progress.evaluations), basis(run.config, run.fingerprints)
-        if history.basis != now or step == 0:  # the first evaluation is made anew where a run stopped right after it
+        if history.basis != now or step == 0:  # the first evaluation is made again where a run stopped right after it
             if history.count and step and run.accelerator.is_main_process:
                 inform("reward, judge, prompts or sampling have changed: the hacking alarm compares from here on only")
             history = History(now)
@@ -401,7 +401,7 @@ def evaluate(config: Config) -> Evaluation:
         results = [evaluator(generate, 0) for evaluator in evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     rows = [row for result in results for row in result.rows]
-    tell_failures(run)
+    report_failures(run)
     found = [result for evaluator, result in zip(evaluators, results, strict=True) if isinstance(evaluator, HeldOut)]
     for result in found if shown else []:
         inform(intervals(result.rows))
@@ -425,14 +425,14 @@ def sample(config: Config) -> Iterator[dict]:
     for i in range(0, len(run.eval_prompts), P):
         group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
-        tell_failures(run)
+        report_failures(run)
         rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
             together = [{"index": i + j // G} | row for row in rows[j : j + G]]
             yield from sorted(together, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
-def tell_failures(run: Run) -> None:
+def report_failures(run: Run) -> None:
     """Warn of calls of a Python reward that failed and gave 0 (`reward.on_error: zero`), the first of each."""
     for name, problem in dict(reversed(run.rewards.failures)).items():
         warn(f"reward {name!r} {problem}; its completions got 0 (reward.on_error)")

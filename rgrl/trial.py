@@ -1,4 +1,4 @@
-"""A user's own advantage, estimator and objective, called once on dummy completions before a run begins."""
+"""The dry run of user code: a custom advantage, estimator and objective, called once before a run begins."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from rgrl.types import Rollout
 
 
 def dry_run(run: Run) -> None:
-    """Call an advantage, estimator and objective of the user's own once, on dummy completions, before a run begins.
+    """Call a custom advantage, estimator and objective once, on dummy completions, before a run begins.
 
     Nothing is kept: no gradient, and the global random state is put back. Collective. Raises `ConfigError`.
     """

@@ -18,7 +18,7 @@ def _expect(tensor: Tensor | None, shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-# What is said to a model: the text of one user turn, or the turns of a chat, each with its `role` and `content`.
+# What a model is asked: the text of one user turn, or the turns of a chat, each with its `role` and `content`.
 Chat = list[dict[str, str]]
 Prompt = str | Chat
 
@@ -52,7 +52,7 @@ def with_last(prompt: Prompt, text: str) -> Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts: their texts, the data-set rows, what the policy is given to read, and what is said to any model.
+    """P prompts: their texts, the data-set rows, what the policy is given to read, and what any model is asked.
 
     `chats` goes to chat templates: a text for one user turn, or the turns of a chat. Left out, it is the texts. The
     text of a chat is its `transcript`. `inputs` is the chat in the policy's template. Left out, it is the plain text: a
@@ -82,7 +82,7 @@ class Prompts:
         return sorted({name for row in self.rows for name in row})
 
     def formatted(self, template: Callable[[Prompt], str]) -> "Prompts":
-        """The same prompts with `template` applied to what is said in each, such as `Policy.format_prompt`."""
+        """The same prompts with `template` applied to each chat, such as `Policy.format_prompt`."""
         return replace(self, inputs=[template(prompt) for prompt in self.chats])
 
     def take(self, index: Sequence[int]) -> "Prompts":
@@ -122,7 +122,7 @@ class Rollout:
     completion_mask_BC: Tensor  # bool, True up to and including the first end token
     unmask_step_BC: Tensor  # int64, denoising step 0 ... T-1 at which each token was committed
     behaviour_logp_BC: Tensor  # float32, nats, under the guided logits it was sampled from
-    policy_logp_BC: Tensor  # float32, nats, under the policy's own logits; -inf outside its support
+    policy_logp_BC: Tensor  # float32, nats, under the unsteered logits; -inf outside its support
 
     def __post_init__(self) -> None:
         B, L = self.canvas_BL.shape

@@ -40,7 +40,7 @@ def in_groups(advantage: Advantage, reward_B: Tensor, G: int, config: ObjectiveC
     for n in range(2, G + 1):
         chosen_PG = rated_PG & (rated_PG.sum(1, keepdim=True) == n)
         if chosen_PG.any():
-            found_B = advantage(_groups(reward_B, G)[chosen_PG], n, config)  # a copy: a user's own may write into it
+            found_B = advantage(_groups(reward_B, G)[chosen_PG], n, config)  # a copy: user code may write into it
             advantage_PG = advantage_PG.masked_scatter(chosen_PG, found_B.float())
     return advantage_PG.reshape(-1)
 

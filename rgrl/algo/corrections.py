@@ -3,7 +3,7 @@
 A guided rollout comes from mu, the steered sampler; the gradient wanted is that of the policy pi. The rollout holds
 the log-probability of every token under both, so c = pi / mu needs no further forward pass. The product of c over
 `Rollout.decided_BC` is the exact ratio of the two trajectories' probabilities if both unmask in the same order and mu
-can write whatever pi can (`exact` tells).
+can write whatever pi can (see `exact`).
 """
 
 import torch
@@ -46,14 +46,14 @@ def exact(config: Config) -> bool:
     """Whether the product of c over a row is the exact ratio of the guided and the unguided trajectory.
 
     The unmasking order must ignore sampled tokens and guidance, and every token in the policy's support must be inside
-    the guided support. Truncating the steered logits on their own would break the second condition. Equally confident
-    positions break neither: the policy's own logits order them (rgrl/rollout/sampling.py).
+    the guided support. Truncating the steered logits separately would break the second condition. Equally confident
+    positions break neither: the unsteered logits order them (rgrl/rollout/sampling.py).
 
     Nor do blocks with a cache: both log-probabilities are then those of a sampler that reads its cache. But no
     estimator does, so the corrected gradient is the on-policy one only with `rollout.block_cache: false`.
     """
     r, g = config.rollout, config.guidance
-    own = r.confidence_from == "policy"
-    order = (own and r.confidence in IGNORES_SAMPLES) or (r.confidence == "origin" and r.commit_above == 1)
+    by_policy = r.confidence_from == "policy"
+    order = (by_policy and r.confidence in IGNORES_SAMPLES) or (r.confidence == "origin" and r.commit_above == 1)
     reach = g.support == "policy" or (r.top_p == 1 and r.top_k == 0)
     return g.kind == "none" or (order and not r.defer_eos and reach)

@@ -93,7 +93,7 @@ def _scatter(value_N: Tensor, at_BC: Tensor) -> Tensor:
 class Estimator:
     """`draw(rollout, config, one generator a row)` makes the noise, `estimate` evaluates the model on it.
 
-    `level` says what a number means: `token`, an estimate of this token's log-probability; `sequence`, a part of an
+    `level` is what a number means: `token`, an estimate of this token's log-probability; `sequence`, a part of an
     estimate for the whole row, meaningful only in the row's sum. With `as_sampled` log-probabilities are under the
     sampler's temperature and truncation (the token itself always belongs to the support), else untempered.
     """
@@ -218,7 +218,7 @@ def _rank(u_KBC: Tensor, among_BC: Tensor) -> Tensor:
 def draw_trajectory(rollout: Rollout, config: ObjectiveConfig, generators: Sequence[torch.Generator]) -> NoiseDraw:
     """Evaluate each token on the canvas at the start of its step; `config.trajectory_steps` steps share a canvas.
 
-    With one step a canvas this is the denoising Markov chain's own log-probability, exactly, in blocks if
+    With one step a canvas this is the log-probability of the denoising Markov chain, exactly, in blocks if
     `rollout.block_cache` is false: a cached prefix is older than the canvas. No noise. (TraceRL, arXiv 2509.06949,
     section 4.2.) Includes all tokens committed while the row was open, also those after its end.
     """

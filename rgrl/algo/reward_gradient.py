@@ -3,7 +3,7 @@
 Take a finished completion x, and the canvas as it stood before a denoising step s. At the positions i that it masks,
 with the policy's logits there:
 
-    K_i  the policy's own top-p/top-k support without the tokens that are not text (a constant)
+    K_i  the policy's top-p/top-k support without the tokens that are not text (a constant)
     p_i  softmax(logits / temperature) over K_i;  e_i = sum_v p_i(v) E[v], the expected embedding
     b_i  e_i + w_i (E[x_i] - e_i) with a constant w_i, as in rgrl/rollout/guidance.py: what the reward model reads
     g_i  the gradient of its reward there (a constant)

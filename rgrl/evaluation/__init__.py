@@ -39,7 +39,7 @@ class Generate(Protocol):
     ) -> Rollout:
         """One completion for each prompt. `numbers` seed the noise: the same number always gets the same noise.
 
-        `samples` tell several completions of one number apart (None: each is its first, sample 0).
+        `samples` distinguishes several completions of one number (None: each is its first, sample 0).
         """
         ...
 
@@ -60,8 +60,8 @@ class Evaluator(Protocol):
 
 def sampler(config: Config) -> RolloutConfig:
     """How evaluations write completions: as rollouts do, at the temperature `eval.temperature` if there is one."""
-    own = config.eval.temperature
-    return config.rollout if own is None else replace(config.rollout, temperature=own)
+    temperature = config.eval.temperature
+    return config.rollout if temperature is None else replace(config.rollout, temperature=temperature)
 
 
 def generate_with(policy: Policy, config: Config) -> Generate:

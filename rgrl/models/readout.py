@@ -39,7 +39,7 @@ class Positions:
     project: Callable[[Tensor], Tensor]  # final hidden states (..., H) -> logits (..., V), such as the reference's
 
 
-# -> one value a position, first dimension N; or several by names of their own
+# -> one value a position, first dimension N; or several, by name
 Readout = Callable[[Positions], Tensor | Mapping[str, Tensor]]
 
 
@@ -90,7 +90,7 @@ def read_out(
     *,
     vocab_size: int,
 ) -> dict[str, Tensor]:
-    """The value of each readout at N positions, by its name (or its own names), first dimension N.
+    """The value of each readout at N positions, by its name (or the names it returns), first dimension N.
 
     `project` turns final hidden states (n, H) into logits (n, V); `given` goes to the readouts, chunked as the
     positions. A chunk's logits take at most 8 MiB on a CPU and 256 MiB on a GPU, whatever N is.

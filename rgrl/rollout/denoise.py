@@ -96,7 +96,9 @@ class RolloutNoise:
 class DenoiseStats:
     """What a rollout saw, kept as tensors so that the loop never waits for the device."""
 
-    entropy: list[Tensor] = field(default_factory=list)  # of the policy's own sampling, summed over committed tokens
+    entropy: list[Tensor] = field(
+        default_factory=list
+    )  # of the policy's sampling distribution, summed over committed tokens
     committed: list[Tensor] = field(default_factory=list)  # number of tokens committed, by step
     changed: list[Tensor] = field(default_factory=list)  # of those, how many got another most likely token by guidance
     guided: list[Tensor] = field(default_factory=list)  # number of tokens committed by guided steps
@@ -104,12 +106,12 @@ class DenoiseStats:
     # By quarter of the denoising steps: the entropy weight w summed over hidden positions, and how many those are.
     weight: dict[int, list[tuple[Tensor, int]]] = field(default_factory=lambda: {q: [] for q in (1, 2, 3, 4)})
 
-    def record(self, chosen_N: Tensor, own: Support, step: "SteeredStep", quarter: int) -> None:
-        """Add one step. `chosen_N` (bool) are the positions that it commits, `own` the policy's own distribution."""
+    def record(self, chosen_N: Tensor, policy_support: Support, step: "SteeredStep", quarter: int) -> None:
+        """Add one step. `chosen_N` (bool) are the positions that it commits; `policy_support` is unsteered."""
         self.committed.append(chosen_N.sum())
-        self.entropy.append(torch.where(chosen_N, own.entropy(), 0.0).sum())
+        self.entropy.append(torch.where(chosen_N, policy_support.entropy(), 0.0).sum())
         if step.broken is not None:
-            self.changed.append(((step.support.best() != own.best()) & chosen_N).sum())
+            self.changed.append(((step.support.best() != policy_support.best()) & chosen_N).sum())
             self.guided.append(chosen_N.sum())
             self.broken.append(step.broken)
         if step.w_N is not None:
@@ -239,7 +241,7 @@ class MaskedLogits:
 
 @dataclass(frozen=True)
 class SteeredStep:
-    """The distribution that a step samples from, and what steering it told."""
+    """The distribution that a step samples from, and what was seen while steering it."""
 
     support: Support
     w_N: Tensor | None = None  # entropy weights (`entrgi` only)
@@ -248,7 +250,7 @@ class SteeredStep:
 
 def steered_step(
     logits_NV: Tensor,
-    own: Support,
+    policy_support: Support,
     hidden: Hidden,
     u_MN: Tensor,
     guide: Guide,
@@ -256,9 +258,9 @@ def steered_step(
     policy: DiffusionLM,
 ) -> SteeredStep:
     """Steer `logits_NV` in place, and take the distribution of what comes out."""
-    w_N, broken = steer(logits_NV, own, hidden, u_MN, guide, config, policy.is_end)
+    w_N, broken = steer(logits_NV, policy_support, hidden, u_MN, guide, config, policy.is_end)
     if guide.config.support == "policy":
-        return SteeredStep(own.steered(logits_NV, scale_of(config)), w_N, broken)
+        return SteeredStep(policy_support.steered(logits_NV, scale_of(config)), w_N, broken)
     return SteeredStep(support_of(logits_NV, scale_of(config), config.top_k, config.top_p), w_N, broken)
 
 
@@ -276,8 +278,8 @@ def denoise(
 
     Each step takes the policy's logits at the hidden positions, steers them if `guide` is given, samples every hidden
     position and commits the k most confident of each row (ties: sampling.py), k from the linear schedule. The rollout
-    records the step of each token and its log-probability under the guided (behaviour) and the policy's own tempered,
-    truncated distribution. With `confidence_from="policy"` the order depends on the policy's own logits only.
+    records the step of each token and its log-probability under the guided (behaviour) and the policy's tempered,
+    truncated distribution. With `confidence_from="policy"` the order depends on the unsteered logits only.
 
     With temperature 0 each position takes its most likely token, of the guided logits where it is guided, and nothing
     is drawn. What is recorded is then of distributions that hold one token: 0, or -inf for another token than it.
@@ -296,17 +298,17 @@ def denoise(
                 continue
         positions = canvas.open_positions(window.end, N)
         logits_NV = masked_logits(t, window, positions)
-        own = support_of(logits_NV, scale_of(config), config.top_k, config.top_p)
-        certainty_N = certainty(logits_NV, own)  # before steering, which overwrites the logits
-        step = SteeredStep(own)
+        policy_support = support_of(logits_NV, scale_of(config), config.top_k, config.top_p)
+        certainty_N = certainty(logits_NV, policy_support)  # before steering, which overwrites the logits
+        step = SteeredStep(policy_support)
         if guide is not None and guide.steers(t):
             hidden = Hidden(canvas.completion_BC[canvas.rows_A, : window.end], positions.hidden_N, canvas.rows_A)
             u_MN = noise.hard_BTMC[:, t].transpose(0, 1).flatten(1)[:, positions.flat_N]
-            step = steered_step(logits_NV, own, hidden, u_MN, guide, config, policy)
-        drawn, own_drawn = drawn_from(step.support, config), drawn_from(own, config)
+            step = steered_step(logits_NV, policy_support, hidden, u_MN, guide, config, policy)
+        drawn, policy_drawn = drawn_from(step.support, config), drawn_from(policy_support, config)
         token_N = drawn.token(drawn.pick(noise.token_BTC[:, t].flatten()[positions.flat_N]))
         order_N = noise.order_BTC[:, t].flatten()[positions.flat_N]
-        ranked = step.support if config.confidence_from == "guided" else own
+        ranked = step.support if config.confidence_from == "guided" else policy_support
         rank_2N = confidence(ranked, token_N, order_N, config, policy.is_end), certainty_N
         confidence_BC, certainty_BC = (spread(rank_N, positions.flat_N, B, C, float("-inf")) for rank_N in rank_2N)
         also_BC = None
@@ -314,10 +316,10 @@ def denoise(
             sure_N = ranked.logp(ranked.best()).exp() > config.commit_above
             also_BC = spread(sure_N, positions.flat_N, B, C, False)
         commit_BC = most_confident(confidence_BC, certainty_BC, window.commit, also_BC)
-        logp = drawn.logp(token_N), own_drawn.logp(token_N)
+        logp = drawn.logp(token_N), policy_drawn.logp(token_N)
         canvas.commit(commit_BC, t, positions.flat_N, token_N, logp)
         if stats is not None:
-            stats.record(commit_BC.flatten()[positions.flat_N], own_drawn, step, 1 + 4 * t // config.steps)
+            stats.record(commit_BC.flatten()[positions.flat_N], policy_drawn, step, 1 + 4 * t // config.steps)
     return canvas.finish(policy.mask_id, policy.is_end)
 
 

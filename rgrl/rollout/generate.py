@@ -29,8 +29,8 @@ def generate(
     """One completion for each of B prompts; `policy.decode(rollout.completion_BC)` is their text.
 
     Strings are user turns and get the policy's chat template; `Prompts` are taken as they are (`Prompts.inputs`).
-    `generators`, one a row, hold the noise: row b depends on nothing but its own (None: seed 0). With `guidance` the
-    rows of `guided_B` (bool; None: all) are steered, the others are the policy's own. Works on `config.micro_batch`
+    `generators`, one a row, hold the noise: row b depends on its generator alone (None: seed 0). With `guidance` the
+    rows of `guided_B` (bool; None: all) are steered, the others are not. Works on `config.micro_batch`
     rows at a time; `stats` collects what the loop saw. Raises `ConfigError` for a canvas beyond the model's positions.
     """
     config = config if config is not None else RolloutConfig()

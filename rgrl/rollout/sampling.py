@@ -231,13 +231,17 @@ def confidence(
     return confidence_N
 
 
-def certainty(logits_NV: Tensor, own: Support) -> Tensor:
+def certainty(logits_NV: Tensor, support: Support) -> Tensor:
     """The policy's log-odds of its best token at each position, in nats, before temperature and nucleus.
 
     Against the other candidates of the top-k, which costs nothing, or with `top_k` 0 or 1 against all other tokens.
-    Log-odds, because a probability near 1 would be rounded and tie again. `own` is the support of `logits_NV`.
+    Log-odds, because a probability near 1 would be rounded and tie again. `support` is that of `logits_NV`.
     """
-    kept_NK = logits_NV if own.token_NK is None or own.token_NK.shape[1] == 1 else logits_NV.gather(1, own.token_NK)
+    kept_NK = (
+        logits_NV
+        if support.token_NK is None or support.token_NK.shape[1] == 1
+        else logits_NV.gather(1, support.token_NK)
+    )
     odds_N = kept_NK.new_empty(len(kept_NK))
     for rows in row_blocks(kept_NK):
         best_n1, slot_n1 = kept_NK[rows].max(-1, keepdim=True)
@@ -253,7 +257,7 @@ def most_confident(confidence_BC: Tensor, certainty_BC: Tensor, k: int, also_BC:
     -inf and are never chosen, so a row that hides fewer than k commits all.
     """
     hidden_BC = confidence_BC > float("-inf")
-    # Stable sorts, the last key first: each device's `topk` has an order of its own for equal numbers.
+    # Stable sorts, the last key first: each device's `topk` orders equal numbers in another way.
     order_BC = certainty_BC.sort(dim=1, descending=True, stable=True).indices
     confident_BC = confidence_BC.gather(1, order_BC).sort(dim=1, descending=True, stable=True).indices
     commit_BC = torch.zeros_like(hidden_BC).scatter_(1, order_BC.gather(1, confident_BC[:, :k]), True)
