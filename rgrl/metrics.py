@@ -161,7 +161,7 @@ METRICS = {
     "over all rows, also those that `guidance.share` leaves unguided",
     "guidance/outside_support": "fraction of committed tokens outside the policy's top-p/top-k support",
     "guidance/retokenised": "fraction of completions that are scored as other tokens than the guide was shown",
-    "bridge/exact": "fraction of sampled text tokens that the guide's tokenizer has as well: they stand for the same bytes",
+    "bridge/exact": "fraction of sampled text tokens that the guide's tokenizer has as well, for the same bytes",
     "bridge/composed": "fraction that it spells with several tokens, whose mean embedding the guide is shown",
     "bridge/unmatched": "fraction of which the guide is shown nothing, or its unknown token, as `reward.bridge` sets",
     "bridge/vocabulary/exact": "tokens of the policy's vocabulary that the guide's tokenizer has as well",
@@ -196,7 +196,7 @@ METRICS = {
     "eval/distinct_1": "distinct words divided by all words, over all eval completions",
     "eval/distinct_2": "the same of pairs of neighbouring words; like the last, only sets of like size compare",
     "eval/top_word": "the largest fraction of eval completions that hold one content word; which word is in the column "
-    "`top_word` of their table, in the rows that hold it, and `top_word` in rgrl/evaluation/guards.py defines what counts",
+    "`top_word` of their table, in the rows that hold it (`top_word` in rgrl/evaluation/guards.py)",
     "eval/empty": "fraction of eval completions without any text",
     "eval/base_nll": "nats per token of those completions under the frozen base, at mask rates .25, .5, .75",
     "eval/kl": "their log-likelihood under the policy minus under the base, nats per token, at the same masks",

@@ -1,7 +1,8 @@
 """One RGRL step, readable top to bottom: `rollout_step`, then `update_step`.
 
-Every process holds the frozen model, whole or its part (FSDP2), and the same adapter. It rolls out a part of the step's prompts, and
-exchanges only adapter gradients, a handful of sums and, where it holds a part, the weights of the next forward pass.
+Every process holds the frozen model, whole or its part (FSDP2), and the same adapter. It rolls out a part of the step's
+prompts, and exchanges only adapter gradients, a handful of sums and, where it holds a part, the weights of the next
+forward pass.
 """
 
 import math

@@ -44,7 +44,7 @@ def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def likelihood(inputs: LossInputs, config: ObjectiveConfig) -> LossOutputs:
-    """The RGRL paper's: minus each completion's mean log-probability, equally weighted (arXiv 2602.05000, section 4)."""
+    """The RGRL paper's: minus the mean log-probability of each completion (arXiv 2602.05000, section 4)."""
     return _by_row(-_row_mean(inputs.logp_BC, inputs), inputs, config)
 
 
