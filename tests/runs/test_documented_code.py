@@ -1,4 +1,4 @@
-"""The Python in README.md and CONTRIBUTING.md runs as it stands there."""
+"""The Python in README.md, docs/own_code.md and CONTRIBUTING.md runs as it stands there."""
 
 import ast
 import contextlib
@@ -61,31 +61,25 @@ def test_reward_and_objective_by_dotted_path_train(documented, tiny, tmp_path):
     assert first["rewards/brevity/mean"] < 0
 
 
-OWN = {  # the README's files of a user's own, and the modules whose docstrings show them too
-    "my_rewards": "rgrl.rewards.functions",
-    "my_objective": "rgrl.algo.objectives",
-    "my_estimator": "rgrl.algo.estimators",
-    "my_advantage": "rgrl.algo.advantages",
-}
+FILES = ("my_rewards", "my_objective", "my_estimator", "my_advantage")
 
 
 @pytest.fixture
-def readme_files(tmp_path, monkeypatch) -> None:
-    """The README's files, importable by the names in their first lines."""
-    found = {match[1]: block for block in blocks("README.md") if (match := re.match(r"# (\w+)\.py\n", block))}
-    assert list(found) == list(OWN)
+def user_files(tmp_path, monkeypatch) -> None:
+    """The files of docs/own_code.md, importable by the names in their first lines."""
+    found = {match[1]: block for block in blocks("docs/own_code.md") if (match := re.match(r"# (\w+)\.py\n", block))}
+    assert tuple(found) == FILES
     for name, block in found.items():
-        assert f"```python\n{block}```" in importlib.import_module(OWN[name]).__doc__, "README and docstring differ"
         (tmp_path / f"{name}.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in OWN:
+    for name in FILES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield
-    for name in OWN:
+    for name in FILES:
         sys.modules.pop(name, None)
 
 
-def test_the_readmes_verifier_scores_by_its_rows(readme_files):
+def test_the_documented_verifier_scores_by_its_rows(user_files):
     exact = importlib.import_module("my_rewards").exact
     rewards = Rewards(None, {"exact": exact}, {"exact": 2.0}, settings={"exact": {"tolerance": 0.5}})
     prompts = Prompts(["a", "b", "c", "d"], [{"answer": a} for a in ("4", "5", "6", None)])
@@ -93,7 +87,7 @@ def test_the_readmes_verifier_scores_by_its_rows(readme_files):
     assert total_B[:3].tolist() == [2.0, 0.0, 0.0] and total_B[3].isnan() and terms["exact"][3].isnan()
 
 
-def test_the_readmes_verifier_objective_estimator_and_advantage_train(readme_files, tiny, tmp_path):
+def test_the_documented_verifier_objective_estimator_and_advantage_train(user_files, tiny, tmp_path):
     rows = [{"prompt": text, "answer": str(i)} for i, text in enumerate(PROMPTS)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = str(tmp_path / "sums.jsonl")

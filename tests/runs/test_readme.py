@@ -1,4 +1,4 @@
-"""The README's commands run, and what it explains is complete."""
+"""The documented commands run, what the README explains is complete, and it stays short."""
 
 import os
 import re
@@ -14,13 +14,16 @@ from rgrl.config import load_config
 from rgrl.metrics import METRICS
 from rgrl.tracking import read_metrics
 
+PAGES = ("README.md", "docs/usage.md", "docs/results.md")
 LINES = [
     line.removeprefix("pip install -e . && ")
-    for block in re.findall(r"```bash\n(.*?)```", (REPO / "README.md").read_text(), re.S)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", (REPO / page).read_text(), re.S)
     for line in block.splitlines()
 ]
 COMMANDS = [line.split() for line in LINES if line.startswith(("accelerate", "python", "rgrl"))]
 SHORT = {  # what makes it short, by a word of the command
+    "examples/rl_loop.py": ["--steps", "1"],
     "recipes/bench.py": ["--shape", "tiny", "--rounds", "1"],
     "recipes/reviews/price.py": ["--only", "unguided", "--seeds", "1", "--rounds", "1"],
     "recipes/reviews/compare.py": (
@@ -42,7 +45,7 @@ def shortened(words: list[str], folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_rgrl_command_of_the_readme_runs_in_the_order_given(tmp_path):
+def test_every_documented_command_runs_in_the_order_given(tmp_path):
     env = {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     assert {words[0] for words in COMMANDS} == {"accelerate", "python", "rgrl"} and len(COMMANDS) >= 9
     for command in COMMANDS:
@@ -78,3 +81,18 @@ def test_shipped_recipes_resolve():
         # A shipped model, or one of the Hub.
         assert Path(REPO / config.model.path / "config.json").is_file() or path.parent.name != "reviews"
         assert path.read_text().startswith("#"), f"{path.name} must begin with how to launch it"
+
+
+def test_the_front_page_is_short():
+    readme, results = ((REPO / name).read_bytes() for name in ("README.md", "docs/results.md"))
+    assert readme.count(b"\n") <= 150 and len(readme) <= 9_000 and len(results) <= 8_000
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("experiments/*.md"), *REPO.glob("recipes/**/*.md")]
+    broken = []
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(REPO)}: {target}")
+    assert not broken and len(pages) > 10
