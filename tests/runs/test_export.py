@@ -411,8 +411,8 @@ def test_names_that_a_card_may_show():
 
 
 # --------------------------------------------------------------------------------------------------------- the README
-def test_the_readme_loads_an_adapter_in_five_lines(trained, tmp_path):
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.S) if "peft" in b]
+def test_the_documented_five_lines_load_an_adapter(trained, tmp_path):
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", (REPO / "docs/usage.md").read_text(), re.S) if "peft" in b]
     assert len([line for line in block.splitlines() if line]) <= 5
     places = {"GSAI-ML/LLaDA-8B-Instruct": trained.base, "runs/mine/export/step_000500": trained.adapter()}
     for name, folder in places.items():
