@@ -6,7 +6,7 @@ import torch
 
 from rgrl.algo.advantages import in_groups
 from rgrl.errors import ConfigError
-from rgrl.plugins import told
+from rgrl.plugins import describe_exception
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run
 from rgrl.step import Scored, objective_term, prepare
@@ -30,7 +30,7 @@ def dry_run(run: Run) -> None:
         raise ConfigError(f"{error}; that was a trial on dummy completions") from error
     except Exception as error:  # a user's code may raise anything
         whose = " and ".join(getattr(error, "__notes__", [])) or f"the {' or the '.join(sorted(run.algorithm.own))}"
-        raise ConfigError(f"{whose} failed in a trial on dummy completions: {told(error)}") from error
+        raise ConfigError(f"{whose} failed in a trial on dummy completions: {describe_exception(error)}") from error
     finally:
         run.policy.eval()
         run.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""An objective, estimator or advantage of a user's own: called at arm's length, and what it returns checked.
+"""An objective, estimator or advantage of a user's own: called through one boundary, and what it returns checked.
 
 Each is given copies, so that what it changes reaches neither the rollout, nor its table, nor a later update. What it
 raises keeps its traceback, with a note that says whose it is; `SystemExit` and the like are an error as well.
@@ -18,7 +18,7 @@ from rgrl.algo.estimators import Estimator, ValuesFn
 from rgrl.algo.objectives import Objective
 from rgrl.config import ObjectiveConfig
 from rgrl.errors import ConfigError
-from rgrl.plugins import ForeignError, at_arms_length
+from rgrl.plugins import UserCodeError, call_user_code
 from rgrl.types import LossInputs, LossOutputs, NoiseDraw, Rollout
 
 T = TypeVar("T")
@@ -114,13 +114,13 @@ def _check_arity(what: str, function: Any, names: tuple[str, ...]) -> None:
 
 def _called(what: str, action: Callable[[], T]) -> T:
     try:
-        return at_arms_length(action)
-    except ForeignError as failure:
+        return call_user_code(what, action)
+    except UserCodeError as failure:
         cause = failure.__cause__
         if isinstance(cause, Exception):
             cause.add_note(what)
             raise cause from cause.__cause__
-        raise ConfigError(f"{what} raised {failure}", on_one_rank=True) from cause
+        raise ConfigError(str(failure), on_one_rank=True) from cause
 
 
 def _clone(tensor: Tensor | None) -> Tensor | None:

@@ -1,36 +1,13 @@
-'''Plain Python rewards: a user's code, called at arm's length within a time limit, and what it returns checked.
+"""A user's Python rewards: how they are called, and what they may return.
 
-A whole verifier, `my_rewards.py`, for data with the columns `prompt` and `answer`:
+A function with a parameter `completions` is called by name, as TRL's are: `exact(completions, answer, **kwargs)` gets
+what it names of `prompts`, `completions`, `rows` and the columns of the data, each a list; with `**kwargs` all of them.
+One with other names, `exact(p, c, r)`, gets prompts, completions and rows by position. It may be `async def`. All
+arguments are copies, B entries each, a prompt standing G times in a row.
 
-```python
-# my_rewards.py
-import re
-
-
-def exact(prompts, completions, rows, tolerance=0.0):
-    """1 where the last number of a completion is the row's answer, else 0; None where the row has no answer."""
-    scores = []
-    for text, row in zip(completions, rows, strict=True):
-        numbers = re.findall(r"-?\\d+(?:\\.\\d+)?", text)
-        if row["answer"] is None:
-            scores.append(None)  # no reward from this one
-        else:
-            scores.append(float(bool(numbers) and abs(float(numbers[-1]) - float(row["answer"])) <= tolerance))
-    return scores
-```
-
-`reward.functions: {"my_rewards:exact": 1.0}` trains on it, `reward.settings: {exact: {tolerance: 0.5}}` sets its own
-setting. B completions are scored in a call; each list has B entries, a prompt standing G times in a row.
-
-A function with a parameter `completions` is called by name, as TRL's are: `exact(completions, answer, **kwargs)` is
-given what it names of `prompts`, `completions`, `rows` and the columns of the data, each a list; with `**kwargs` all of
-them. One with other names, `exact(p, c, r)`, is given prompts, completions and rows by position. It may be `async def`.
-All that it is given are copies.
-
-None means no reward from this one: the weighted sum leaves it out, as if the function were not there for this
-completion. So in a group where some get None and others a number, None counts as adding nothing. A completion that no
-reward gives a number has an advantage of 0, and its group is compared without it.
-'''
+None means no reward from this function: the weighted sum leaves it out for this completion. A completion without any
+reward has an advantage of 0, and its group is compared without it.
+"""
 
 import asyncio
 import copy
@@ -44,18 +21,13 @@ import torch
 from torch import Tensor
 
 from rgrl.errors import ConfigError
-from rgrl.plugins import ForeignError, at_arms_length
-from rgrl.rewards.limits import TimeUpError, check_thread, time_limit
+from rgrl.plugins import call_user_code
 from rgrl.types import Prompts
 
 # prompts, completions, rows of the data set -> one number a completion, or None for no reward; or by name
 RewardFunction = Callable[..., Any]
 GIVEN = ("prompts", "completions", "rows")
 _NAMELESS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-class FunctionFailedError(Exception):
-    """A function raised or took too long; the message says which."""
 
 
 def call_function(
@@ -69,12 +41,11 @@ def call_function(
 ) -> Any:
     """What the function returns, unchecked: plain, detached, a copy.
 
-    `settings` are its own, `columns` those of the data (None: of these rows). Raises `FunctionFailedError`, after at
-    most `seconds` (0: no limit), and `ConfigError` for one that cannot be called so.
+    `columns` are those of the data (None: of these rows). Raises `UserCodeError` if it fails or takes longer than
+    `seconds` (0: no limit), and `ConfigError` for one that cannot be called so.
     """
-    check_thread(seconds)
     settings = settings or {}
-    columns = columns if columns is not None else columns_of(prompts.rows)
+    columns = columns if columns is not None else sorted({name for row in prompts.rows for name in row})
     by_position, by_name = parameters(name, function, columns, settings)
 
     def value(key: str) -> Any:
@@ -93,12 +64,7 @@ def call_function(
         result = function(*args, **named)
         return _plain(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result, len(completions))
 
-    try:
-        return at_arms_length(call, time_limit(seconds), passing=(TimeUpError,))
-    except TimeUpError:  # where the alarm happened to ring says nothing
-        raise FunctionFailedError(f"did not return within `reward.time_limit` of {seconds:g} seconds") from None
-    except ForeignError as failure:
-        raise FunctionFailedError(f"raised {failure}") from failure.__cause__
+    return call_user_code(f"reward {name!r}", call, seconds)
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -106,7 +72,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 
 def _plain(values: Any, count: int) -> Any:
-    """A copy of what was returned, without gradient or any code of the function's left in it."""
+    """A copy of what was returned, without gradient or any of the function's code in it."""
     if isinstance(values, Tensor):
         return values.detach().cpu().clone()
     if hasattr(values, "__array__") and not hasattr(values, "items"):
@@ -117,18 +83,36 @@ def _plain(values: Any, count: int) -> Any:
     return [x.item() if isinstance(x, Tensor) and x.ndim == 0 else x for x in islice(values, most)]
 
 
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every column that some row has."""
-    return sorted({name for row in rows for name in row})
+def as_rewards(name: str, values: Any, count: int) -> tuple[Tensor, Tensor]:
+    """What a function returned, as r_B, float32 on the CPU, 0 where it was None, and where it was not (bool B).
+
+    Raises `ConfigError` for anything else than such a list. The number of values is not checked here.
+    """
+    expected = f"reward {name!r} must return one number, or None, for each of {count} completions"
+    if isinstance(values, str | bytes | Mapping | Set):
+        raise ConfigError(f"{expected}, in their order, not a {type(values).__name__}", on_one_rank=True)
+    rated: list[bool] = []
+    if isinstance(values, list):
+        rated = [value is not None for value in values]
+        values = [0.0 if value is None else value for value in values]
+    try:
+        r_B = torch.as_tensor(values)
+        if r_B.is_complex():
+            raise TypeError("complex numbers")
+        r_B = r_B.to(torch.float32, copy=True).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{expected}: {error}", on_one_rank=True) from error
+    return r_B, torch.tensor(rated, dtype=torch.bool) if rated else torch.ones(r_B.shape, dtype=torch.bool)
 
 
+# ------------------------------------------------------------------------------------------------------ parameters
 def parameters(
     reward: str, function: RewardFunction, columns: Sequence[str], settings: Mapping[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What a function is given by position and by name: of `GIVEN`, its settings, and the data's columns.
+    """What a function gets by position and by name: of `GIVEN`, its settings, and the data's columns.
 
-    It goes by name where it has a parameter `completions`, else by position. `settings` as a parameter is given all of
-    them. Raises `ConfigError` for a function that fits neither.
+    It goes by name where it has a parameter `completions`, else by position. A parameter `settings` gets all of them.
+    Raises `ConfigError` for a function that fits neither.
     """
     try:
         signature = inspect.signature(function)
@@ -139,7 +123,7 @@ def parameters(
     if odd := [name for name in settings if name in GIVEN or not (takes_any or name in names)]:
         taken = ", ".join(name for name in names if name not in GIVEN) or "none"
         raise ConfigError(f"reward {reward!r} has no setting {odd[0]!r}; of its parameters can be set: {taken}")
-    positional = _fits(signature, names, settings)
+    positional = _by_position(signature, names, settings)
     takes_more = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
     if positional is not None and ("completions" not in names or (takes_more and "rows" not in names)):
         return positional
@@ -154,16 +138,14 @@ def parameters(
             return positional
         raise ConfigError(
             f"reward {reward!r} takes {lacking[0]!r}, which is neither a column of the data "
-            f"({', '.join(columns) or 'none'}) nor a setting of its own"
+            f"({', '.join(columns) or 'none'}) nor one of its settings"
         )
     first = [p.name for p in named if p.kind is p.POSITIONAL_ONLY and p.name in known]
-    rest = [
-        name for name in (dict.fromkeys((*GIVEN, *columns, *settings, *names)) if takes_any else names) if name in known
-    ]
-    return first, [name for name in rest if name not in first]
+    rest = dict.fromkeys((*GIVEN, *columns, *settings, *names)) if takes_any else names
+    return first, [name for name in rest if name in known and name not in first]
 
 
-def _fits(
+def _by_position(
     signature: inspect.Signature, names: list[str], settings: Mapping[str, Any]
 ) -> tuple[list[str], list[str]] | None:
     """How a function is called with `GIVEN` by position, None if it cannot be."""
@@ -176,7 +158,7 @@ def _fits(
 
 
 def misnamed(reward: str, function: RewardFunction, columns: Sequence[str], settings: Mapping[str, Any]) -> str | None:
-    """A third parameter that is given the rows though it is not called so, and may have been meant for a column."""
+    """A third parameter that gets the rows though it has another name, and may have been meant for a column."""
     by_position, _ = parameters(reward, function, columns, settings)
     try:
         names = list(inspect.signature(function).parameters)
@@ -184,26 +166,3 @@ def misnamed(reward: str, function: RewardFunction, columns: Sequence[str], sett
         return None
     found = by_position == list(GIVEN) and names[:2] == list(GIVEN[:2]) and len(names) > 2
     return names[2] if found and names[2] != "rows" and not names[2].startswith("_") else None
-
-
-def as_rewards(name: str, values: Any, count: int) -> tuple[Tensor, Tensor]:
-    """What a function returned, as r_B, float32 on the CPU, 0 where it was None, and where it was not (bool B).
-
-    Raises `ConfigError` for what is no such list. The number of values is not checked here.
-    """
-    expected = f"reward {name!r} must return one number, or None, for each of {count} completions"
-    if isinstance(values, str | bytes | Mapping | Set):
-        raise ConfigError(f"{expected}, in their order, not a {type(values).__name__}", on_one_rank=True)
-    if isinstance(values, list):
-        rated = [value is not None for value in values]
-        values = [0.0 if value is None else value for value in values]
-    else:
-        rated = []
-    try:
-        r_B = torch.as_tensor(values)
-        if r_B.is_complex():
-            raise TypeError("complex numbers")
-        r_B = r_B.to(torch.float32, copy=True).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ConfigError(f"{expected}: {error}", on_one_rank=True) from error
-    return r_B, torch.tensor(rated, dtype=torch.bool) if rated else torch.ones(r_B.shape, dtype=torch.bool)

@@ -13,10 +13,9 @@ from rgrl.config import Config, RewardConfig
 from rgrl.config.explain import short
 from rgrl.config.schema import PartConfig
 from rgrl.errors import ConfigError
-from rgrl.plugins import resolve
+from rgrl.plugins import UserCodeError, resolve
 from rgrl.rewards.classifier import ClassifierReward, load_classifier
 from rgrl.rewards.functions import (
-    FunctionFailedError,
     RewardFunction,
     as_rewards,
     call_function,
@@ -131,10 +130,10 @@ class Rewards:
         own, seconds = self.settings.get(name), self.limits.get(name, self.time_limit)
         try:
             return call_function(name, function, prompts, completions, seconds, own, self.columns)
-        except FunctionFailedError as failure:
+        except UserCodeError as failure:
             if self.on_error == "stop":
-                raise ConfigError(f"reward {name!r} {failure}", on_one_rank=True) from failure.__cause__
-            self.failures.append((name, str(failure)))
+                raise ConfigError(str(failure), on_one_rank=True) from failure.__cause__
+            self.failures.append((name, failure.reason))
             return [0.0] * len(completions)
 
 

@@ -20,7 +20,7 @@ from training import adapter, assert_same_run, go, resolved, saved, tables, unti
 from rgrl import checkpoint
 from rgrl.errors import ConfigError, RunStoppedError
 from rgrl.folder import new_owner
-from rgrl.rewards.limits import TimeUpError, time_limit
+from rgrl.plugins import TimeUpError, time_limit
 from rgrl.runtime.stopping import REASONS, StopRequests, first_reason
 from rgrl.tracking import Tracker, read_metrics
 
@@ -352,7 +352,7 @@ def test_a_hanging_reward_is_interrupted_and_named(risky, tmp_path, hang):
     risky["reward"]["time_limit"] = 1.0
     faulty.in_reward[2] = hang
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"reward 'reward' did not return within `reward.time_limit` of 1 seconds"):
+    with pytest.raises(ConfigError, match=r"reward 'reward' did not return within its `time_limit` of 1 seconds"):
         go(risky, tmp_path, eval_steps=0)
     assert time.monotonic() - began < 300  # half of what the others sleep
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -399,7 +399,7 @@ def test_the_limit_rings_in_the_main_thread_and_leaves_the_alarm_as_it_was():
 def test_what_nothing_can_interrupt_ends_the_process_and_shows_where(risky, tmp_path):
     risky["reward"]["time_limit"] = 1.0
     config = write(risky, tmp_path)
-    script = altered_train(tmp_path, "import rgrl.rewards.limits as limits; limits.GRACE = 2.0")
+    script = altered_train(tmp_path, "import rgrl.plugins as plugins; plugins.GRACE = 2.0")
     process = start(script, "--config", config, FAULT="reward:3:0:hang")
     printed = finish(process, 1)
     assert "Timeout" in printed and "in hang_in_c" in printed

@@ -9,19 +9,20 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import PROMPTS
-from processes import TRAIN, finish, start, wait_until
-from training import adapter, assert_same_run, changed, go, saved, tables, untimed, write
+from processes import TRAIN, finish, start
+from training import assert_same_run, changed, go, saved, tables, untimed, write
 
 from rgrl.algo.advantages import ADVANTAGES, in_groups, zero_spread
 from rgrl.cli import run
 from rgrl.config import ObjectiveConfig, RewardConfig
 from rgrl.errors import ConfigError
-from rgrl.plugins import ForeignError, at_arms_length
+from rgrl.plugins import UserCodeError, call_user_code
 from rgrl.rewards import Rewards, load_functions
 from rgrl.rewards.total import TRIAL
 from rgrl.runtime.stopping import StopRequests
@@ -39,7 +40,6 @@ MODULES = [
     ("import sys\nsys.exit()", ["SystemExit", "own.py, line 2"]),
     ("import sys\nsys.exit('bye')", ["SystemExit: bye", "own.py, line 2"]),
     ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", ["SystemExit: 2", "own.py, line 2"]),
-    ("raise KeyboardInterrupt", ["KeyboardInterrupt", "own.py, line 1"]),
     ("raise GeneratorExit('x')", ["GeneratorExit: x", "own.py, line 1"]),
     ("raise StopIteration(3)", ["StopIteration: 3", "own.py, line 1"]),
     ("class Odd(BaseException):\n    def __str__(self): raise ValueError\nraise Odd", ["Odd", "own.py, line 3"]),
@@ -61,14 +61,13 @@ REWARDS = [
     (F + "return 1 / 0", ["raised ZeroDivisionError", "own.py, line 1"]),
     ("import sys\n" + F + "sys.exit(0)", ["raised SystemExit: 0", "own.py, line 2"]),
     (F + "quit()", ["raised SystemExit"]),
-    (F + "raise KeyboardInterrupt", ["raised KeyboardInterrupt", "own.py, line 1"]),
     ("class Odd(BaseException): pass\n" + F + "raise Odd('x')", ["raised Odd: x"]),
     (F + "raise StopIteration", ["raised StopIteration"]),
     (F + "f(prompts, completions, rows)", ["raised RecursionError"]),
     ("import json\n" + F + "return [json.loads(text) for text in completions]", ["JSONDecodeError", "own.py, line 2"]),
     (F + "return [1.0 / len(text) for text in completions]", ["ZeroDivisionError", "an empty one"]),
     (F + "return [row['gold'] for row in rows]", ["raised KeyError: 'gold'"]),
-    ("import time\n" + F + "time.sleep(60)", ["did not return within `reward.time_limit` of 1 seconds"]),
+    ("import time\n" + F + "time.sleep(60)", ["did not return within its `time_limit` of 1 seconds"]),
     (F + "return iter(int, 1)", ["shape (3,)", "2 completions"]),
     ("def f(prompts, completions, rows):\n    yield 1.0\n    raise SystemExit", ["raised SystemExit", "line 3"]),
     (F + "return None", ["one number", "2 completions"]),
@@ -82,7 +81,7 @@ REWARDS = [
     (F + "return [1j, 0j]", ["one number"]),
     (F + "return [10**400, 0]", ["one number"]),
     ("async def f(prompts, completions, rows): raise SystemExit(3)", ["raised SystemExit: 3"]),
-    ("import asyncio\nasync def f(p, c, r): await asyncio.sleep(60)", ["`reward.time_limit` of 1 seconds"]),
+    ("import asyncio\nasync def f(p, c, r): await asyncio.sleep(60)", ["its `time_limit` of 1 seconds"]),
     ("class List(list):\n    def __iter__(self): raise OSError('x')\n" + F + "return List()", ["raised OSError: x"]),
     ("def f(): return [1.0]", ["takes ()", "prompts, completions and rows", "by name"]),
     ("def f(p, c): return [1.0]", ["takes (p, c)"]),
@@ -306,7 +305,6 @@ def test_a_bad_objective_estimator_or_advantage_shows_in_a_trial(key, source, wo
 
 
 def test_what_they_change_reaches_nothing(trained, tmp_path):
-    """Nor does it matter that they switch gradients off, or set another default type."""
     source = """
 import torch
 from rgrl.algo.advantages import zscore
@@ -318,7 +316,6 @@ def g(prompts, completions, rows): return [float(len(text)) for text in completi
 def advantage(reward_B, G, config):
     found = zscore(reward_B.clone(), G, config)
     reward_B.zero_(), config.settings.clear()
-    torch.set_default_dtype(torch.float64), torch.set_grad_enabled(False)
     return found.double()
 
 def draw(rollout, config, generators):
@@ -332,7 +329,6 @@ def loss(inputs, config):
     inputs.advantage_B.mul_(2.0)
     out = reinforce(inputs, config)
     half = LossOutputs(out.loss_sum / 2, out.denominator)
-    torch.set_grad_enabled(False)
     return half
 
 from rgrl.types import LossOutputs, NoiseDraw
@@ -345,7 +341,6 @@ estimator, objective = Estimator(draw), Objective(loss)
     go(plain, tmp_path, output_dir="plain")
     go(changed(plain, objective=odd), tmp_path, output_dir="odd")
     assert_same_run(tmp_path / "odd", tmp_path / "plain", 2)
-    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
 
 
 # ------------------------------------------------------------------------------------------------- rewards in a run
@@ -501,105 +496,49 @@ def test_a_run_goes_on_where_nothing_has_a_reward(trained, tmp_path):
     assert math.isfinite(lines[3]["hacking/reward"]) and "-  " in as_text(output, None)
 
 
-# ------------------------------------------------------------------------------------------------- put back
-def meddle() -> None:
-    torch.set_grad_enabled(False)
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    torch.set_num_threads(3)
-    torch.inference_mode(True).__enter__()
-    torch.autocast("cpu", torch.bfloat16).__enter__()
-    os.chdir("/")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    signal.alarm(1)
-    sys.stdout = sys.stderr = None
+# ------------------------------------------------------------------------------------------------- the boundary
+def test_any_exception_names_the_reward_the_file_and_the_line_and_is_the_cause():
+    with pytest.raises(
+        UserCodeError, match=r"^thing raised ZeroDivisionError: .*test_foreign\.py, line \d+\)$"
+    ) as caught:
+        call_user_code("thing", lambda: 1 / 0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(UserCodeError, match=r"^thing raised SystemExit"):
+        call_user_code("thing", sys.exit)
+    with pytest.raises(UserCodeError, match=r"^thing did not return within its `time_limit` of 0\.05 seconds$"):
+        call_user_code("thing", lambda: time.sleep(5), 0.05)
 
 
-def surroundings() -> tuple:
-    handlers = [signal.getsignal(n) for n in signal.valid_signals()]
-    blocked, alarm = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getitimer(signal.ITIMER_REAL)
-    made = torch.zeros(1, requires_grad=True) + 1
-    kept = made.device.type, made.dtype, made.requires_grad, made.is_inference(), torch.get_num_threads()
-    return kept, torch.is_autocast_enabled("cpu"), os.getcwd(), handlers, blocked, alarm, sys.stdout, sys.stderr
+@pytest.mark.parametrize("on_error", ["stop", "zero"])
+def test_a_ctrl_c_is_not_the_rewards(on_error):
+    with pytest.raises(KeyboardInterrupt):
+        scores(lambda p, c, r: signal.raise_signal(signal.SIGINT), on_error=on_error)
 
 
-@pytest.mark.parametrize("end", ["return", "raise"])
-def test_what_the_process_was_like_is_put_back(end, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def action():
-        meddle()
-        if end == "raise":
-            raise SystemExit
-
-    before = surroundings()
-    if end == "raise":
-        with pytest.raises(ForeignError, match="SystemExit"):
-            at_arms_length(action)
-    else:
-        at_arms_length(action)
-        scores(lambda p, c, r: meddle() or [1.0] * 4, time_limit=30.0)
-    assert surroundings() == before
-
-
-def test_a_folder_that_was_deleted_or_renamed_is_come_back_to(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    at_arms_length(lambda: (os.chdir("/"), (tmp_path / "here").rename(tmp_path / "there")))
-    assert os.getcwd() == str(tmp_path / "there")
-    at_arms_length(lambda: (tmp_path / "there").rmdir())
-
-
-def test_a_users_interrupt_is_not_the_rewards_whatever_it_makes_of_it():
-    def swallow():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except BaseException:
-            return [1.0] * 4
-
-    for action in (lambda: signal.raise_signal(signal.SIGINT), swallow):
-        with pytest.raises(KeyboardInterrupt):
-            scores(lambda p, c, r, action=action: action(), on_error="zero")
-    with pytest.raises(ConfigError, match="raised KeyboardInterrupt"):
-        scores(lambda p, c, r: (_ for _ in ()).throw(KeyboardInterrupt))
-
-
-def test_one_that_is_only_recorded_goes_on():
-    seen = []
-    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
-    try:
-        assert scores(lambda p, c, r: signal.raise_signal(signal.SIGINT) or [1.0] * 4)[0] == 2.0
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert seen == [1]
-
-
-@pytest.mark.parametrize("calls", [1, 2])
-def test_a_second_ctrl_c_is_obeyed_in_the_call_of_the_first_or_a_later_one(calls):
-    def twice() -> None:
-        for _ in range(2 // calls):
-            signal.raise_signal(signal.SIGINT)
-
+def test_a_ctrl_c_that_is_only_recorded_goes_on_and_a_second_is_obeyed():
     with StopRequests(0) as requests:
-        if calls == 2:
-            at_arms_length(twice)
-            assert requests.asked()[0] == 1
+        assert scores(lambda p, c, r: signal.raise_signal(signal.SIGINT) or [1.0] * 4)[0] == 2.0
+        assert requests.asked()[0] == 1
         with pytest.raises(KeyboardInterrupt):
-            at_arms_length(twice)
+            call_user_code("thing", lambda: signal.raise_signal(signal.SIGINT))
 
 
-def test_in_another_thread_there_are_no_handlers_to_put_back():
+def test_another_thread_calls_rewards_but_has_no_time_limit():
     found = []
-    thread = threading.Thread(target=lambda: found.append(scores(lambda p, c, r: [1.0] * 4).tolist()))
+
+    def work():
+        found.append(scores(lambda p, c, r: [1.0] * 4).tolist())
+        with pytest.raises(ConfigError, match="main thread"):
+            scores(lambda p, c, r: [1.0] * 4, time_limit=1.0)
+        found.append("refused")
+
+    thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [[2.0] * 4]
+    assert found == [[2.0] * 4, "refused"]
 
 
-def test_the_trial_is_one_call_on_two_completions_and_leaves_no_trace_in_random_numbers(own, tmp_path):
+def test_the_dry_run_is_one_call_on_two_completions_and_leaves_no_trace_in_random_numbers(own, tmp_path):
     calls = []
 
     def f(prompts, completions, rows):
@@ -615,8 +554,7 @@ def test_the_trial_is_one_call_on_two_completions_and_leaves_no_trace_in_random_
 
 # ------------------------------------------------------------------------------------------------- real processes
 DEEDS = """
-import os, sys, threading, time
-import torch
+import sys
 
 calls = 0
 
@@ -629,34 +567,7 @@ def leave(prompts, completions, rows):
     if count() == 5:  # after the trial, two evaluations and a step
         sys.exit(0)
     return [float(len(text)) for text in completions]
-
-def fork(prompts, completions, rows):
-    if os.fork() == 0:  # and both go on, as where somebody forgot to leave
-        open(f"{os.environ['WAITING']}.{os.getpid()}", "w").close()
-    os.chdir("/tmp"), torch.set_default_dtype(torch.float64), torch.set_grad_enabled(False)
-    prompts.clear(), rows.clear()
-    return [float(len(text)) for text in completions]
-
-def still(prompts, completions, rows):
-    return [float(len(text)) for text in completions]
 """
-
-
-@pytest.mark.slow
-def test_a_reward_that_forks_mutates_and_moves_changes_nothing(trained, tmp_path, monkeypatch):
-    """In a real process, in a folder named from where it started. Children end where they come back from the reward."""
-    module(tmp_path, DEEDS)
-    monkeypatch.chdir(tmp_path)
-    for name in ("still", "fork"):
-        reward = {"functions": {"length": {"function": f"own:{name}"}}, "name": "model"}
-        config = changed(trained, reward=reward, run={"output_dir": name, "eval_steps": 1})
-        printed = finish(start(TRAIN, "--config", write(config, tmp_path), WAITING=str(tmp_path / "child")))
-        assert "Traceback" not in printed and "error" not in printed
-    children = [int(path.suffix[1:]) for path in tmp_path.glob("child.*")]
-    assert len(children) == 6, "one a call: the trial, three evaluations, two steps"
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
-    assert adapter(tmp_path / "fork", 2) == adapter(tmp_path / "still", 2)
-    assert tables(tmp_path / "fork") == tables(tmp_path / "still")
 
 
 @pytest.mark.slow
@@ -666,5 +577,5 @@ def test_a_reward_that_exits_ends_the_run_as_one_that_raises(trained, tmp_path, 
     config = changed(trained, reward={"functions": {"own:leave": 1.0}}, run={"eval_steps": 1})
     printed = finish(start(TRAIN, "--config", write(config, tmp_path)), 2)
     [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert "reward 'leave' raised SystemExit: 0" in line and "own.py, line 14" in line and "Traceback" not in printed
+    assert "reward 'leave' raised SystemExit: 0" in line and "own.py, line 13" in line and "Traceback" not in printed
     assert saved(tmp_path / "run") == ["step_000001"]
