@@ -95,7 +95,7 @@ def roll_out(
     noise = generators(SEED, step, range(B), "rollout")
     rollout = generate(policy, prompts, ROLLOUT, noise, guidance, guided_B)
     completions = policy.decode(rollout.completion_BC)
-    return rollout, completions, reward.score(prompts, completions).cpu()
+    return rollout, completions, reward.score(prompts, completions).reward_B.cpu()
 
 
 def backward(policy: Policy, rollout: Rollout, advantage_B: Tensor, step: int) -> tuple[float, float]:

@@ -129,7 +129,7 @@ def make_models(shape: Shape, device: torch.device) -> tuple[Policy, ClassifierR
         torch.set_default_dtype(before)
     policy = Policy(causal_lm, tokenizer, family, shape.vocab - 2, "random").requires_grad_(False).eval()
     reward = ClassifierReward(classifier, tokenizer, "random")
-    reward.way = "cached"  # as a checkpoint of this architecture is found to guide when it is loaded
+    reward.backend = "prefix_cached"  # as a checkpoint of this architecture is found to guide when it is loaded
     reward.bind(tokenizer, policy.vocab_size, "zero")
     return policy, reward
 

@@ -76,7 +76,9 @@ def measure(runs: dict[str, Run], steps: int) -> dict[str, Tensor]:
             if kind not in rollouts:
                 rollouts[kind] = rollout_step(run, run.prompts(step), step, Clock())
             scored, config = rollouts[kind], run.config
-            advantage_B = run.algorithm.advantage(scored.reward_B, config.rollout.num_generations, config.objective)
+            advantage_B = run.algorithm.advantage(
+                scored.reward.total_B, config.rollout.num_generations, config.objective
+            )
             found[name].append(gradient(run, replace(scored, advantage_B=advantage_B.to(run.policy.device)), step))
         print(f"step {step + 1} of {steps}", file=sys.stderr)
     return {name: torch.stack(gradients).double() for name, gradients in found.items()}

@@ -208,14 +208,15 @@ def judge(words: list[str]) -> None:
         rejudge.check_output(given.output)
     tables = rejudge.read_tables(given.run)
     model = rejudge.load(given.judge, given.adapter, given.dtype, given.max_length)
-    model.frame.make_room(rejudge.completion_length(given.run))
-    lines = rejudge.summary(rejudge.with_bar(tables, model, given.batch))
+    model.template.make_room(rejudge.completion_length(given.run))
+    tables = rejudge.with_bar(tables, model, given.batch)
+    lines = rejudge.summary(tables)
     if given.output is not None:
         rejudge.write_csv(given.output, lines)
     say(f"{given.run}: mean ± half of the 95 % interval over prompts; this judge: {given.judge}\n")
     say(rejudge.as_text(lines))
-    if model.frame.cut:
-        say(f"\n{model.frame.cut} texts were too long for this judge, and lost the beginning of their prompt")
+    if truncated := sum(table.truncated for table in tables):
+        say(f"\n{truncated} texts were too long for this judge, and lost the beginning of their prompt")
 
 
 def export(words: list[str]) -> None:

@@ -75,11 +75,13 @@ def reward_models(run: Run) -> list[str]:
             uses.setdefault(model, []).append(use)
     lines = []
     for model, used in uses.items():
-        if model.way is None:
+        if model.backend is None:
             used.append(f"could not guide ({'; '.join(model.reasons.values())})")
         elif "guides" in used:
             used.append(
-                "each prompt is computed once" if model.way == "cached" else "the whole text is computed at every step"
+                "each prompt is computed once"
+                if model.backend == "prefix_cached"
+                else "the whole text is computed at every step"
             )
         lines.append(f"reward model {model.name}, {type(model.model).__name__}: {', '.join(used)}")
     return lines

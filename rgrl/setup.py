@@ -106,7 +106,7 @@ def load_reward_functions(
     """The Python functions and verifiers, tried once on two completions, before anything that takes long."""
     rewards = load_functions(config.reward)
     check_passes(config, rewards)
-    for note in rewards.try_out(prompts, evaluation):
+    for note in rewards.dry_run(prompts, evaluation):
         if accelerator.is_main_process:
             warn(note)
     return rewards
@@ -166,7 +166,7 @@ def load_reward_models(
     models = RewardModels(rewards, guide, gradient, judge)
     for model in models.all:
         make_room(model, config, data)
-        if model.frame.forgeable and accelerator.is_main_process:
+        if model.template.forgeable and accelerator.is_main_process:
             warn(
                 f"reward model {model.name}: only plain text stands between prompt and answer, so a completion can "
                 "write a turn of its own; read some samples"
@@ -274,5 +274,5 @@ def make_room(model: ClassifierReward, config: Config, data: Sequence[PromptSet 
     """Refuse a reward model that cannot be shown the prompts beside a completion. Raises `ConfigError`."""
     for prompts in data:
         if prompts is not None:
-            check_shapes(prompts, model.frame.check_shape)
-    model.frame.make_room(config.rollout.max_completion_length, empty_prompt(config.data))
+            check_shapes(prompts, model.template.check_shape)
+    model.template.make_room(config.rollout.max_completion_length, empty_prompt(config.data))

@@ -21,6 +21,7 @@ from rgrl.console import warn
 from rgrl.distributed import fraction, global_rows, quantiles, reduce_sum, set_gradient
 from rgrl.metrics import Clock, bridge_metrics, guidance_metrics, rollout_metrics
 from rgrl.models.readout import read_out
+from rgrl.rewards import RewardResult
 from rgrl.rollout.denoise import DenoiseStats
 from rgrl.rollout.generate import generate
 from rgrl.rollout.guidance import Guidance, Guide, guidance_at
@@ -38,8 +39,7 @@ class Scored:
     prompts: Prompts  # B, each prompt G times
     rollout: Rollout
     completions: list[str]
-    reward_B: Tensor
-    terms: dict[str, Tensor]  # r_B of each term of the reward, unweighted
+    reward: RewardResult
     advantage_B: Tensor
     metrics: dict[str, float]
     guided_B: Tensor | None = None  # bool, which completions were steered; None: none
@@ -66,10 +66,10 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
             rollout = generate(policy, prompts, config.rollout, seeds, guidance, guided_B, stats)
     with clock.phase("reward"):
         completions = policy.decode(rollout.completion_BC)
-        reward_B, terms = run.rewards.score(prompts, completions)
-        compared_B = run.rewards.for_advantages(reward_B, terms, G)
+        reward = run.rewards.score(prompts, completions)
+        compared_B = run.rewards.for_advantages(reward, G)
         advantage_B = in_groups(run.algorithm.advantage, compared_B, G, config.objective)
-    metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward_B, terms, G)
+    metrics = rollout_metrics(accelerator, rollout, policy.is_end, reward.total_B, reward.terms, G)
     metrics["entropy"] = fraction(accelerator, stats.entropy, stats.committed)
     if guided_B.any():
         metrics |= guidance_metrics(accelerator, config, rollout, stats)
@@ -83,8 +83,7 @@ def roll_out(run: Run, prompts: Prompts, settings: GuidanceConfig, step: int, pu
         prompts=prompts,
         rollout=rollout,
         completions=completions,
-        reward_B=reward_B,
-        terms=terms,
+        reward=reward,
         advantage_B=advantage_B.to(policy.device),
         metrics=metrics,
         guided_B=guided_B,
@@ -114,10 +113,11 @@ def completion_rows(scored: Scored, prompt: str) -> list[dict]:
     """
     B = len(scored.completions)
     guided = scored.guided_B.tolist() if scored.guided_B is not None else [False] * B
-    columns = scored.prompts.texts, scored.completions, guided, or_none(scored.reward_B), scored.advantage_B.tolist()
+    reward = or_none(scored.reward.total_B)
+    columns = scored.prompts.texts, scored.completions, guided, reward, scored.advantage_B.tolist()
     names = ("prompt", "completion", "guided", "reward", "advantage")
     ours = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-    parts = parts_of(scored.terms) if scored.terms else [{}] * B
+    parts = parts_of(scored.reward.terms) if scored.reward.terms else [{}] * B
     prompts = zip(scored.prompts.rows, scored.prompts.texts, strict=True)
     data = [data_columns(row, prompt, text) for row, text in prompts]
     return [row | part | more for row, part, more in zip(ours, parts, data, strict=True)]
@@ -287,7 +287,7 @@ def diagnosis(scored: Scored, batch: Batch, update: int, totals: dict[str, float
         "totals": totals,
         "prompts": scored.prompts.texts,
         "completions": scored.completions,
-        "reward_B": scored.reward_B,
+        "reward_B": scored.reward.total_B,
         "advantage_B": scored.advantage_B,
         "rollout": vars(scored.rollout),
         "noise": vars(drawn.noise) if drawn is not None else None,

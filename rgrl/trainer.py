@@ -49,6 +49,7 @@ from rgrl.folder import Owner, claim, not_ours
 from rgrl.folder import replace as replace_file
 from rgrl.header import data, header, what_runs
 from rgrl.metrics import Clock
+from rgrl.rewards import RewardCounts
 from rgrl.rollout.guidance import guidance_at
 from rgrl.runtime.launch import join_processes
 from rgrl.runtime.skipped import keep_batch
@@ -204,6 +205,7 @@ class Loop:
     evaluators: list[Evaluator] = field(default_factory=list)
     complained: bool = False  # about something that could not be written, after the step before
     alarm: str | None = None  # why the newest evaluation looks like reward hacking
+    counts: RewardCounts = field(default_factory=RewardCounts)  # of rollouts and evaluations since the last line
 
     def run_steps(self) -> str | None:
         """Take the steps that are left; returns why the run ended before the last, if it did."""
@@ -234,6 +236,7 @@ class Loop:
         state = global_state()
         prompts = run.prompts(step)
         scored = rollout_step(run, prompts, step, self.clock)
+        self.counts += scored.reward.counts
         release(config, "phase")
         if reason := self.asked_to_stop():
             set_global_state(state)  # as before the rollout, which the resumed run makes again
@@ -260,7 +263,10 @@ class Loop:
         config, step = self.run.config, self.progress.step
         problem = take_failure(self.saver, self.tracker)
         tokens = int(scored.rollout.completion_mask_BC.sum())
-        tokens, unwritten, reason, failed = exchange(self.run, self.requests, tokens, problem is not None, step)
+        tokens, unwritten, reason, failed = exchange(
+            self.run, self.requests, self.counts, tokens, problem is not None, step
+        )
+        self.counts = RewardCounts()
         self.progress = replace(self.progress, num_tokens=self.progress.num_tokens + tokens)
         metrics |= {"num_tokens": self.progress.num_tokens} | failed
         metrics["step_time"] = time.perf_counter() - started
@@ -312,6 +318,7 @@ class Loop:
                 result = evaluator(generate, self.progress.step)
                 self.tracker.table(self.progress.step, evaluator.name, result.rows)
                 metrics |= result.metrics
+                self.counts += result.counts or RewardCounts()
                 if isinstance(evaluator, HeldOut) and self.run.config.run.on_hacking != "off":
                     metrics |= self.watch(result)
         return metrics
@@ -336,23 +343,19 @@ class Loop:
 
 
 def exchange(
-    run: Run, requests: StopRequests, tokens: int, unwritten: bool, step: int
+    run: Run, requests: StopRequests, found: RewardCounts, tokens: int, unwritten: bool, step: int
 ) -> tuple[int, bool, str | None, dict[str, float]]:
     """One all-reduce at the end of a step, so that all ranks go on in the same way.
 
     Returns, over all ranks: the tokens rolled out; if the main process could not write something; why to stop, if
     anybody was asked to; and, as metrics, the failed calls of each Python reward, the completions that it gave None,
-    and the texts that were cut.
+    and the texts that lost the beginning of their prompt.
     """
-    failures, names, asked = run.rewards.failures, list(run.rewards.functions), requests.asked()
-    for name, problem in dict(reversed(failures)).items():  # the first of each
-        warn(f"step {step}: reward {name!r} {problem}; its completions got 0 (reward.on_error)")
-    calls = [sum(name == of for of, _ in failures) for name in names]
-    unrated = [run.rewards.unrated[name] for name in names]
-    failures.clear()
-    run.rewards.unrated.clear()
-    cut = run.rewards.take_cut()
-    tokens, count, cut, *rest = counts(run.accelerator, [tokens, int(unwritten), cut, *asked, *calls, *unrated])
+    names, asked = list(run.rewards.functions), requests.asked()
+    for warning in found.warnings():
+        warn(f"step {step}: {warning}")
+    each = [of[name] for of in (found.failed, found.unrated) for name in names]
+    tokens, count, cut, *rest = counts(run.accelerator, [tokens, int(unwritten), found.truncated, *asked, *each])
     reason, rest = first_reason(rest[: len(asked)]), rest[len(asked) :]
     keys = [f"rewards/{name}/{what}" for what in ("failed", "none") for name in names]
     failed = {key: float(n) for key, n in zip(keys, rest, strict=True)}
@@ -401,7 +404,7 @@ def evaluate(config: Config) -> Evaluation:
         results = [evaluator(generate, 0) for evaluator in evaluators]
     metrics = {name: value for result in results for name, value in result.metrics.items()}
     rows = [row for result in results for row in result.rows]
-    report_failures(run)
+    report_failures(sum((result.counts or RewardCounts() for result in results), RewardCounts()))
     found = [result for evaluator, result in zip(evaluators, results, strict=True) if isinstance(evaluator, HeldOut)]
     for result in found if shown else []:
         inform(intervals(result.rows))
@@ -425,18 +428,17 @@ def sample(config: Config) -> Iterator[dict]:
     for i in range(0, len(run.eval_prompts), P):
         group = run.eval_prompts.take(list(range(i, min(i + P, len(run.eval_prompts))))).repeat(G)
         scored = roll_out(run, group, config.guidance, i, "sample", Clock())
-        report_failures(run)
+        report_failures(scored.reward.counts)
         rows = completion_rows(scored, config.data.column)
         for j in range(0, len(rows), G):
             together = [{"index": i + j // G} | row for row in rows[j : j + G]]
             yield from sorted(together, key=lambda row: (row["reward"] is None, -(row["reward"] or 0.0)))
 
 
-def report_failures(run: Run) -> None:
-    """Warn of calls of a Python reward that failed and gave 0 (`reward.on_error: zero`), the first of each."""
-    for name, problem in dict(reversed(run.rewards.failures)).items():
-        warn(f"reward {name!r} {problem}; its completions got 0 (reward.on_error)")
-    run.rewards.failures.clear()
+def report_failures(found: RewardCounts) -> None:
+    """Warn of Python rewards that failed and gave 0 (`reward.on_error: zero`)."""
+    for warning in found.warnings():
+        warn(warning)
 
 
 def open_checkpoint(config: Config) -> Run:

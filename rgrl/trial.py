@@ -7,6 +7,7 @@ import torch
 from rgrl.algo.advantages import in_groups
 from rgrl.errors import ConfigError
 from rgrl.plugins import describe_exception
+from rgrl.rewards import RewardResult
 from rgrl.seeds import global_state, set_global_state
 from rgrl.setup import Run
 from rgrl.step import Scored, objective_term, prepare
@@ -64,8 +65,7 @@ def dummy_rollout(run: Run) -> Scored:
         prompts=prompts,
         rollout=sampled,
         completions=policy.decode(sampled.completion_BC),
-        reward_B=torch.tensor([1.0, 0.0]),
-        terms={},
+        reward=RewardResult(torch.tensor([1.0, 0.0]), {}),
         advantage_B=torch.tensor([1.0, -1.0], device=policy.device),
         metrics={},
     )

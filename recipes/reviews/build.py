@@ -335,8 +335,11 @@ def classifier_scores(folder: Path) -> Score:
 
     def score(cuts: list[Cut]) -> list[float]:
         parts = [cuts[i : i + 128] for i in range(0, len(cuts), 128)]
-        told = [reward.score(Prompts([o for o, _ in part], [{} for _ in part]), [r for _, r in part]) for part in parts]
-        return torch.cat(told).tolist()
+        scores: list[float] = []
+        for part in parts:
+            openings, rests = zip(*part, strict=True)
+            scores += reward.score(Prompts(list(openings), [{} for _ in part]), list(rests)).reward_B.tolist()
+        return scores
 
     return score
 

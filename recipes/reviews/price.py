@@ -77,8 +77,8 @@ def main() -> None:
         for seed in range(args.seeds):
             config.run.seed = seed
             scored = roll_out(replace(run, config=config), run.eval_prompts, config.guidance, 0, "price", Clock())
-            reward += scored.reward_B.tolist()
-            judge += run.judge.score(scored.prompts, scored.completions).tolist()
+            reward += scored.reward.total_B.tolist()
+            judge += run.judge.score(scored.prompts, scored.completions).reward_B.tolist()
             texts.append(distinct(scored.completions, 2))
         ratio = statistics.median(a / b for a, b in zip(taken[name], taken["unguided"], strict=True))
         mean = torch.tensor(reward).mean().item()

@@ -1,4 +1,4 @@
-"""What a run would make of its data, shown without loading any weights: `rgrl data`."""
+"""Show what a run would make of its data, without loading any weights: `rgrl data`."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ from rgrl.models.load import load_reader
 from rgrl.models.reader import Reader
 from rgrl.models.text import token_ids
 from rgrl.rewards.bridge import bridge_embeddings
-from rgrl.rewards.classifier import load_frame
-from rgrl.rewards.frame import Frame
+from rgrl.rewards.checkpoint import load_template
+from rgrl.rewards.template import InputTemplate
 from rgrl.types import Prompt, transcript
 
-MEASURED = 10_000  # prompts whose lengths are told
+MEASURED = 10_000  # prompts whose lengths are measured
 COMPLETION = "[completion]"
 
 
@@ -27,31 +27,31 @@ def preview(config: Config, first: int) -> Iterator[str]:
     Raises `ConfigError` as a run with these settings would.
     """
     training, evaluation = load_data(config.data, evaluates=config.run.eval_steps > 0)
-    reader, frames = load_reader(config.model), _frames(config)
+    reader, templates = load_reader(config.model), _templates(config)
     training, evaluation = fit_both(training, evaluation, reader, config.rollout.max_completion_length)
     data = {"training": training} | ({} if evaluation is None else {"evaluation": evaluation})
     for prompts in data.values():
-        for frame, _ in frames.values():
-            check_shapes(prompts, frame.check_shape)
+        for template, _ in templates.values():
+            check_shapes(prompts, template.check_shape)
     for name, prompts in data.items():
         yield _summary(name, prompts, reader)
-    yield from _coverage(config, reader, frames)
+    yield from _coverage(config, reader, templates)
     for name, prompts in data.items():
         for i in range(min(first, len(prompts))):
-            yield _shown(name, prompts, i, reader, {use: frame for use, (frame, _) in frames.items()})
+            yield _shown(name, prompts, i, reader, {use: template for use, (template, _) in templates.items()})
 
 
-def _frames(config: Config) -> dict[str, tuple[Frame, int]]:
-    """How each reward model is shown a text, and the number of its embeddings, by what it is used for."""
-    c, found = config, dict[str, tuple[Frame, int]]()
+def _templates(config: Config) -> dict[str, tuple[InputTemplate, int]]:
+    """The input template of each reward model, and its number of embeddings, by what it is used for."""
+    c, found = config, dict[str, tuple[InputTemplate, int]]()
     if c.reward.path is not None:
-        found["reward"] = load_frame(c.reward.path, c.reward.name, c.reward.max_length, c.reward.revision)
+        found["reward"] = load_template(c.reward.path, c.reward.name, c.reward.max_length, c.reward.revision)
     if c.guidance.path is not None and _guides(c):
-        found["guide"] = load_frame(c.guidance.path, "guide", c.reward.max_length, c.guidance.revision)
+        found["guide"] = load_template(c.guidance.path, "guide", c.reward.max_length, c.guidance.revision)
     if c.judge.path is not None:
-        found["judge"] = load_frame(c.judge.path, "judge", c.judge.max_length, c.judge.revision)
-    for frame, _ in found.values():
-        frame.make_room(c.rollout.max_completion_length, empty_prompt(c.data))
+        found["judge"] = load_template(c.judge.path, "judge", c.judge.max_length, c.judge.revision)
+    for template, _ in found.values():
+        template.make_room(c.rollout.max_completion_length, empty_prompt(c.data))
     return found
 
 
@@ -83,42 +83,42 @@ def _summary(name: str, prompts: PromptSet, reader: Reader) -> str:
     )
 
 
-def _coverage(config: Config, reader: Reader, frames: dict[str, tuple[Frame, int]]) -> Iterator[str]:
-    """How the guide is shown the policy's tokens, where there is one."""
-    use = "guide" if "guide" in frames else "reward"
-    if not (_guides(config) or config.gradient.weight > 0) or use not in frames:
+def _coverage(config: Config, reader: Reader, templates: dict[str, tuple[InputTemplate, int]]) -> Iterator[str]:
+    """How the guide sees the policy's tokens, if there is one."""
+    use = "guide" if "guide" in templates else "reward"
+    if not (_guides(config) or config.gradient.weight > 0) or use not in templates:
         return
-    frame, size = frames[use]
+    template, size = templates[use]
     ends = {*reader.end_ids, reader.eos_id}
-    table_UD = torch.zeros(size, 1)  # which tokens are shown as which does not depend on what they mean
+    table_UD = torch.zeros(size, 1)  # how tokens are matched does not depend on their embeddings
     _, coverage = bridge_embeddings(
-        reader.tokenizer, frame.tokenizer, table_UD, reader.vocab_size, config.reward.bridge, ends
+        reader.tokenizer, template.tokenizer, table_UD, reader.vocab_size, config.reward.bridge, ends
     )
-    yield f"guide model {frame.name}: {'the same tokens as the policy' if coverage.same else coverage}"
+    yield f"guide model {template.name}: {'the same tokens as the policy' if coverage.same else coverage}"
 
 
-def _shown(name: str, prompts: PromptSet, i: int, reader: Reader, frames: dict[str, Frame]) -> str:
-    """Prompt `i` as each model is shown it, decoded from its tokens, with their numbers and what was cut."""
+def _shown(name: str, prompts: PromptSet, i: int, reader: Reader, templates: dict[str, InputTemplate]) -> str:
+    """Prompt `i` as each model sees it, decoded from its tokens, with their numbers and what was cut."""
     number = int(prompts.number_P[i])
     batch = prompts.take([i])
     cut = prompts.cuts.get(number)
-    told = f"; cut: {cut.turns} of its oldest turns, {cut.characters:,} characters" if cut is not None else ""
-    place = prompts.data.told(number, "").replace("  ", " ").strip()
+    lost = f"; cut: {cut.turns} of its oldest turns, {cut.characters:,} characters" if cut is not None else ""
+    row = prompts.data.told(number, "").replace("  ", " ").strip()
     count = reader.lengths(batch.inputs)[0]
-    lines = [f"\n--- {name} prompt {i + 1} of {len(prompts):,}, {place}{told}", f"policy, {count} tokens:"]
+    lines = [f"\n--- {name} prompt {i + 1} of {len(prompts):,}, {row}{lost}", f"policy, {count} tokens:"]
     lines.append(visible(decoded(reader.tokenizer, token_ids(reader.tokenizer, batch.inputs[0]))))
-    for use, frame in frames.items():
-        lines += _framed(use, frame, batch.chats[0])
+    for use, template in templates.items():
+        lines += _encoded(use, template, batch.chats[0])
     return "\n".join(lines)
 
 
-def _framed(use: str, frame: Frame, prompt: Prompt) -> list[str]:
-    before, after = frame.around(prompt)
-    rest = frame.shown(prompt)
+def _encoded(use: str, template: InputTemplate, prompt: Prompt) -> list[str]:
+    before, after = template.around(prompt)
+    rest = template.fit(prompt)
     lost = len(transcript(prompt)) - len(transcript(rest))
     cut = f", cut: {lost:,} characters of its beginning" if rest != prompt else ""
-    text = f"{decoded(frame.tokenizer, before.ids)}{COMPLETION}{decoded(frame.tokenizer, after.ids)}"
-    return [f"{use} model {frame.name}, {len(before) + len(after)} tokens and the completion{cut}:", visible(text)]
+    text = f"{decoded(template.tokenizer, before.ids)}{COMPLETION}{decoded(template.tokenizer, after.ids)}"
+    return [f"{use} model {template.name}, {len(before) + len(after)} tokens and the completion{cut}:", visible(text)]
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

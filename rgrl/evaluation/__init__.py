@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rgrl.config import Config, RolloutConfig
 from rgrl.models import Policy
+from rgrl.rewards import RewardCounts
 from rgrl.rollout import generate
 from rgrl.rollout.guidance import Guidance
 from rgrl.seeds import generator
@@ -25,6 +26,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+    counts: RewardCounts | None = None  # of this rank's calls of the reward; the trainer logs their sum over ranks
 
 
 class Generate(Protocol):

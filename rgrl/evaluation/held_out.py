@@ -17,7 +17,7 @@ from rgrl.evaluation import Evaluation, Generate, noise_of
 from rgrl.evaluation.guards import distinct, empty, top_word
 from rgrl.evaluation.passes import least_of, passes
 from rgrl.models import Policy
-from rgrl.rewards import ClassifierReward, Rewards
+from rgrl.rewards import ClassifierReward, RewardCounts, Rewards
 from rgrl.rollout import Guidance
 from rgrl.seeds import generator
 from rgrl.tracking.columns import OURS, data_columns, or_none, parts_of
@@ -33,11 +33,12 @@ class Gathered:
     sums_4: Tensor
     rows: list[dict[str, Any]] = field(default_factory=list)
     guided: dict[int, float | None] = field(default_factory=dict)  # reward if guided, by number of the prompt
+    counts: RewardCounts = field(default_factory=RewardCounts)
 
 
 @dataclass
 class HeldOut:
-    """`eval.samples` unguided completions of each prompt, each always with random numbers of its own.
+    """`eval.samples` unguided completions of each prompt, each always with the same random numbers.
 
     Where `guidance_at` gives guidance for a step, the first `guidance.probe_prompts` prompts are also completed with it
     and the random numbers of their first completion, to measure what guidance is worth. None of that enters `eval/*`.
@@ -72,30 +73,32 @@ class HeldOut:
                 if guidance is not None and probe:
                     prompts = self.prompts.take(probe)
                     steered = generate(prompts, probe, guidance)
-                    total_B, _ = self.rewards.score(prompts, policy.decode(steered.completion_BC))
-                    gathered.guided |= dict(zip(probe, or_none(total_B), strict=True))
+                    reward = self.rewards.score(prompts, policy.decode(steered.completion_BC))
+                    gathered.counts += reward.counts
+                    gathered.guided |= dict(zip(probe, or_none(reward.total_B), strict=True))
         return self._over_all_ranks(gathered)
 
     def _unguided(self, generate: Generate, batch: list[tuple[int, int]], gathered: Gathered) -> None:
-        """Add completions, each named by its prompt's number and its own, with their scores and likelihoods."""
+        """Add completions, each named by its prompt's number and its sample's, with their scores and likelihoods."""
         numbers, samples = [i for i, _ in batch], [s for _, s in batch]
         prompts = self.prompts.take(numbers)
         rollout = generate(prompts, numbers, samples=samples)
         completions = self.policy.decode(rollout.completion_BC)
-        total_B, terms = self.rewards.score(prompts, completions)
+        reward = self.rewards.score(prompts, completions)
+        gathered.counts += reward.counts
         judged: list[float] | list[None] = [None] * len(prompts)
         if self.judge is not None:
-            self.judge.frame.cut = 0
-            judged = self.judge.score(prompts, completions).tolist()
-            gathered.sums_4[3] += self.judge.frame.cut
-        own, _ = self._masked_nll(rollout, batch)
+            scores = self.judge.score(prompts, completions)
+            judged = scores.reward_B.tolist()
+            gathered.sums_4[3] += scores.truncated
+        policy_nll, _ = self._masked_nll(rollout, batch)
         with self.policy.reference():
             base = self._masked_nll(rollout, batch)
-        gathered.sums_4[:3] += torch.stack([*base, own]).double()
+        gathered.sums_4[:3] += torch.stack([*base, policy_nll]).double()
         lengths = rollout.completion_mask_BC.sum(1).tolist()
-        columns = numbers, samples, prompts.texts, completions, or_none(total_B), judged, lengths
+        columns = numbers, samples, prompts.texts, completions, or_none(reward.total_B), judged, lengths
         names = ("index", "sample", "prompt", "completion", "reward", "judge", "length")
-        for row, parts in zip(zip(*columns, strict=True), parts_of(terms), strict=True):
+        for row, parts in zip(zip(*columns, strict=True), parts_of(reward.terms), strict=True):
             gathered.rows.append(dict(zip(names, row, strict=True)) | parts)
 
     def _masked_nll(self, rollout: Rollout, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -105,7 +108,7 @@ class HeldOut:
     def _over_all_ranks(self, gathered: Gathered) -> Evaluation:
         rows = sorted(gather_object(gathered.rows), key=lambda row: (row["index"], row["sample"]))
         guided = dict(gather_object(list(gathered.guided.items())))
-        base_nll, count, own_nll, cut = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
+        base_nll, count, policy_nll, truncated = self.accelerator.reduce(gathered.sums_4, "sum").tolist()
         reward = [row["reward"] for row in rows if row["reward"] is not None]
         texts = [row["completion"] for row in rows]
         word, held = top_word([row["prompt"] for row in rows], texts)
@@ -117,7 +120,7 @@ class HeldOut:
             "eval/top_word": sum(held) / len(rows),
             "eval/empty": empty(texts),
             "eval/base_nll": base_nll / max(count, 1.0),
-            "eval/kl": (base_nll - own_nll) / max(count, 1.0),
+            "eval/kl": (base_nll - policy_nll) / max(count, 1.0),
             "eval/length": _mean([row["length"] for row in rows]),
         }
         metrics |= metrics_of_parts(rows, self.rewards, self.config.eval)
@@ -131,25 +134,25 @@ class HeldOut:
         if self.judge is not None:
             metrics["eval/judge"] = _mean([row["judge"] for row in rows])
             metrics["eval/judge_std"] = _std([row["judge"] for row in rows])
-            metrics["eval/judge_cut"] = cut
+            metrics["eval/judge_cut"] = truncated
         for row, holds, chat in zip(rows, held, self._chats(rows), strict=True):
             row |= {"guided": False, "top_word": word if holds else None} | chat
-        return Evaluation(metrics, [self._as_told(row) for row in rows])
+        return Evaluation(metrics, [self._with_columns(row) for row in rows], gathered.counts)
 
     def _chats(self, rows: list[dict[str, Any]]) -> list[dict[str, str | None]]:
-        """The column `chat`: what a judge is shown, as JSON, where some prompts are chats of several turns."""
+        """The column `chat`: a judge's prompt, as JSON, where some prompts are chats of several turns."""
         chats = list(self.prompts.chats)
         if all(isinstance(chat, str) for chat in chats):
             return [{}] * len(rows)
-        told = [None if isinstance(chat, str) else json.dumps(chat, ensure_ascii=False) for chat in chats]
-        return [{"chat": told[row["index"]]} for row in rows]
+        written = [None if isinstance(chat, str) else json.dumps(chat, ensure_ascii=False) for chat in chats]
+        return [{"chat": written[row["index"]]} for row in rows]
 
-    def _as_told(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _with_columns(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as tables have it, with the columns of the data."""
         parts = {name: value for name, value in row.items() if name.startswith("rewards/")}
-        own = {name: value for name, value in row.items() if name not in parts}
+        others = {name: value for name, value in row.items() if name not in parts}
         data = data_columns(self.prompts.rows[row["index"]], self.config.data.column, row["prompt"])
-        return {name: own[name] for name in OURS if name in own} | parts | data
+        return {name: others[name] for name in OURS if name in others} | parts | data
 
 
 def metrics_of_parts(rows: list[dict[str, Any]], rewards: Rewards, config: EvalConfig) -> dict[str, float]:

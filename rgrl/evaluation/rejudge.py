@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from rgrl.console import warn
 from rgrl.errors import ConfigError
 from rgrl.evaluation.intervals import by_prompt, mean_and_half
-from rgrl.rewards.classifier import ClassifierReward, load_classifier
+from rgrl.rewards import ClassifierReward, load_classifier
 from rgrl.rewards.total import check_finite
 from rgrl.types import Prompt, Prompts
 
@@ -36,6 +36,7 @@ class Table:
     completions: list[str]
     scores: dict[str, list[float | None]] = field(default_factory=dict)
     chats: list[Prompt] = field(default_factory=list)  # what a judge is shown; none: the prompts
+    truncated: int = 0  # texts that were too long for the new judge, and lost the beginning of their prompt
 
 
 def read_tables(run: Path) -> list[Table]:
@@ -125,20 +126,20 @@ def rejudge(tables: list[Table], judge: ClassifierReward, batch: int, tell: Call
 
     Raises `ConfigError` for a score that is not finite, and a text that is too long for the judge.
     """
-    judge.frame.cut = 0  # from here on it counts these texts, and not those that the judge was tried out on
     total, done, judged = sum(len(table.index) for table in tables), 0, []
     for table in tables:
-        scores: list[float | None] = []
+        scores, truncated = list[float | None](), 0
         for start in range(0, len(table.index), batch):
             tell(f"judging {done}/{total}")
             texts = table.prompts[start : start + batch]
             prompts = Prompts(texts, [{} for _ in texts], chats=table.chats[start : start + batch])
             completions = table.completions[start : start + batch]
-            r_B = judge.score(prompts, completions).cpu()
-            check_finite(judge.name, r_B, prompts, completions)
-            scores += r_B.tolist()
+            found = judge.score(prompts, completions)
+            check_finite(judge.name, found.reward_B, prompts, completions)
+            scores += found.reward_B.tolist()
+            truncated += found.truncated
             done += len(texts)
-        judged.append(replace(table, scores=table.scores | {"new": scores}))
+        judged.append(replace(table, scores=table.scores | {"new": scores}, truncated=truncated))
     return judged
 
 

@@ -1,6 +1,25 @@
-"""What text is worth, by models and by a user's own functions."""
+"""The reward of a completion: a weighted sum of a reward model, verifiers and a user's Python functions.
 
-from rgrl.rewards.classifier import ClassifierReward, load_classifier
-from rgrl.rewards.total import Rewards, load_functions, load_rewards
+- `total.py`: the terms, how each is shaped, and their weighted sum
+- `classifier.py`: a reward model, its scores, and its gradient with respect to embeddings
+- `checkpoint.py`: loading one, and checking that all of it is used
+- `template.py`: the input of a reward model
+- `bridge.py`: its embeddings in the policy's vocabulary
+- `functions.py`: calling a user's function
+- `verifiers/`: functions that know the right answer
+"""
 
-__all__ = ["ClassifierReward", "Rewards", "load_classifier", "load_functions", "load_rewards"]
+from rgrl.rewards.checkpoint import load_classifier
+from rgrl.rewards.classifier import ClassifierReward, ClassifierScores
+from rgrl.rewards.total import RewardCounts, RewardResult, Rewards, load_functions, load_rewards
+
+__all__ = [
+    "ClassifierReward",
+    "ClassifierScores",
+    "RewardCounts",
+    "RewardResult",
+    "Rewards",
+    "load_classifier",
+    "load_functions",
+    "load_rewards",
+]

@@ -348,7 +348,7 @@ def scores(function, rows=None, completions=("a", "bb", "ccc", ""), settings=Non
     rows = [{} for _ in completions] if rows is None else rows
     prompts = Prompts([f"prompt {i}" for i in range(len(rows))], rows)
     known = Rewards(None, {"f": function}, {"f": 2.0}, settings={"f": settings or {}}, **rewards)
-    return known.score(prompts, list(completions))[0]
+    return known.score(prompts, list(completions)).total_B
 
 
 class Called:
@@ -440,25 +440,26 @@ def test_what_a_reward_changes_reaches_nobody_else():
 
 def test_a_third_name_that_is_no_column_is_given_the_rows_and_told():
     rewards = Rewards(None, {"f": lambda prompts, completions, gold: [len(row) for row in gold]}, {"f": 1.0})
-    [note] = rewards.try_out(Prompts(["a"], [{"answer": 1}]))
-    assert "'gold' is given the rows" in note and "(answer)" in note
+    [note] = rewards.dry_run(Prompts(["a"], [{"answer": 1}]))
+    assert "'gold' gets the rows" in note and "(answer)" in note
     rewards.functions["f"] = lambda prompts, completions, _: [0.0] * len(completions)
-    assert not rewards.try_out(Prompts(["a"], [{"answer": 1}]))
+    assert not rewards.dry_run(Prompts(["a"], [{"answer": 1}]))
 
 
 def test_columns_are_those_of_the_data_not_of_the_batch():
     rewards = Rewards(None, {"f": lambda completions, gold: [g if g is None else float(g) for g in gold]}, {"f": 1.0})
-    rewards.try_out(Prompts(["a", "b"], [{}, {"gold": 3}]))
-    assert rewards.score(Prompts(["a"], [{}]), ["x"])[0].isnan().all()
+    rewards.dry_run(Prompts(["a", "b"], [{}, {"gold": 3}]))
+    assert rewards.score(Prompts(["a"], [{}]), ["x"]).total_B.isnan().all()
 
 
 # ------------------------------------------------------------------------------------------------- no reward
 def test_none_leaves_a_term_out_of_the_sum():
     functions = {"a": lambda p, c, r: [1.0, None, 3.0, None], "b": lambda p, c, r: [None, None, 0.5, 0.25]}
     rewards = Rewards(None, functions, {"a": 2.0, "b": -1.0})
-    total_B, terms = rewards.score(Prompts(list("wxyz"), [{}] * 4), list("wxyz"))
+    found = rewards.score(Prompts(list("wxyz"), [{}] * 4), list("wxyz"))
+    total_B, terms = found.total_B, found.terms
     torch.testing.assert_close(total_B, torch.tensor([2.0, math.nan, 5.5, -0.25]), equal_nan=True)
-    assert terms["a"].isnan().tolist() == [False, True, False, True] and rewards.unrated == {"a": 2, "b": 2}
+    assert terms["a"].isnan().tolist() == [False, True, False, True] and found.counts.unrated == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -538,6 +539,19 @@ def test_another_thread_calls_rewards_but_has_no_time_limit():
     assert found == [[2.0] * 4, "refused"]
 
 
+def test_counts_of_calls_add_up_and_keep_the_first_problem():
+    def fails(prompts, completions, rows):
+        raise ValueError(completions[0])
+
+    rewards = Rewards(None, {"f": fails, "g": lambda p, c, r: [None]}, {"f": 1.0, "g": 1.0}, on_error="zero")
+    one, two = (rewards.score(Prompts(["p"], [{}]), [text]) for text in ("first", "second"))
+    both = one.counts + two.counts
+    assert one.total_B.tolist() == [0.0] and (both.failed, both.unrated, both.truncated) == ({"f": 2}, {"g": 2}, 0)
+    assert list(both.problems) == ["f"] and "ValueError: first" in both.problems["f"]
+    [warning] = both.warnings()
+    assert warning.startswith("reward 'f' raised ValueError: first (") and warning.endswith("got 0 (reward.on_error)")
+
+
 def test_the_dry_run_is_one_call_on_two_completions_and_leaves_no_trace_in_random_numbers(own, tmp_path):
     calls = []
 
@@ -548,7 +562,7 @@ def test_the_dry_run_is_one_call_on_two_completions_and_leaves_no_trace_in_rando
     rewards = load_functions(RewardConfig(functions={"math:sqrt": 1.0}))
     rewards.functions["sqrt"] = f
     state = torch.get_rng_state()
-    rewards.try_out(Prompts(["one"], [{"n": 1}]))
+    rewards.dry_run(Prompts(["one"], [{"n": 1}]))
     assert calls == [(["one", "one"], list(TRIAL), [{"n": 1}] * 2)] and torch.equal(torch.get_rng_state(), state)
 
 

@@ -1,4 +1,4 @@
-"""What is loaded is honoured or refused by name: adapters, configs, weights, tokens."""
+"""What is loaded is used whole or refused by name: adapters, configs, weights, tokens."""
 
 import json
 import os
@@ -601,14 +601,14 @@ REWARDS: list[tuple[str, Spoil, list[str]]] = [
     ("quantized", edit_json("config.json", quantization_config={"quant_method": "awq"}), ["quantized", "awq"]),
     ("other weights", edit_json("config.json", transformers_weights="x.safetensors"), ["`transformers_weights`"]),
     ("a million layers", edit_json("config.json", num_hidden_layers=10**6, layer_types=None), ["1000000", "layers"]),
-    ("a layer less", edit_json("config.json", num_hidden_layers=1, layer_types=None), ["layers.1.", "no place"]),
+    ("a layer less", edit_json("config.json", num_hidden_layers=1, layer_types=None), ["layers.1.", "does not have"]),
     ("a layer more", edit_json("config.json", num_hidden_layers=3, layer_types=None), ["lacks the weights"]),
     ("wide", edit_json("config.json", hidden_size=10**9), ["cannot be loaded"]),
     ("integers", in_model(remade("up_proj", lambda t: t.to(torch.int32))), ["up_proj.weight is stored as I32"]),
     ("fp8", in_model(remade("up_proj", lambda t: t.to(torch.float8_e5m2))), ["stored as F8_E5M2"]),
     ("NaN", in_model(remade("score", spoilt(float("nan")))), ["score.weight holds NaN"]),
     ("infinite", in_model(remade("embed", spoilt(float("inf")))), ["embed_tokens.weight holds infinite"]),
-    ("a tensor more", in_model(lambda t: t.update({"score.bias": torch.ones(1)})), ["score.bias", "no place"]),
+    ("a tensor more", in_model(lambda t: t.update({"score.bias": torch.ones(1)})), ["score.bias", "does not have"]),
     ("two labels in the head", in_model(remade("score", lambda t: t.repeat(2, 1))), ["score.weight", "(2, 32)"]),
     ("an adapter", lambda f: (f / "adapter_config.json").write_text("{}"), ["adapter_config.json"]),
     ("a pickle", lambda f: (f / MODEL).rename(f / "pytorch_model.bin"), ["no weights", "pickle"]),
@@ -631,11 +631,11 @@ def test_a_sharded_reward_model_leads_nowhere_else(reward_dir, tmp_path):
     model.save_pretrained(folder, max_shard_size="300KB")
     prompts = Prompts(["this movie"], [{}])
     whole, sharded = load_classifier(reward_dir), load_classifier(folder)
-    assert torch.equal(whole.score(prompts, [" good"]), sharded.score(prompts, [" good"]))
+    assert torch.equal(whole.score(prompts, [" good"]).reward_B, sharded.score(prompts, [" good"]).reward_B)
     shutil.copy(reward_dir / MODEL, folder / MODEL)  # now there are two sets, as transformers reads the first
     in_model(remade("score", lambda t: t * 2))(folder)
     two = load_classifier(folder)
-    torch.testing.assert_close(two.score(prompts, [" good"]), 2 * whole.score(prompts, [" good"]))
+    torch.testing.assert_close(two.score(prompts, [" good"]).reward_B, 2 * whole.score(prompts, [" good"]).reward_B)
     assert two.fingerprint["weights"] != sharded.fingerprint["weights"]
     (folder / MODEL).unlink()
     name = sorted(folder.glob("model-*.safetensors"))[0].name

@@ -34,40 +34,44 @@ BART |= {"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention
 XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 DISTIL = {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "pad_token_id": 4092}
 
-# name -> (config class, its settings, how it must guide: "cached", "whole", None for not at all; or "refused")
+# name -> (config class, its settings, how it must guide: "prefix_cached", "full", None for not at all; or "refused")
 ARCHITECTURES = {
     # Causal, full attention
-    "llama": ("LlamaConfig", DECODER, "cached"),
-    "mistral": ("MistralConfig", DECODER | {"sliding_window": None}, "cached"),
-    "qwen2": ("Qwen2Config", DECODER, "cached"),
-    "qwen3": ("Qwen3Config", DECODER, "cached"),
-    "phi3": ("Phi3Config", DECODER | {"sliding_window": None}, "cached"),
-    "gpt_neox": ("GPTNeoXConfig", DECODER, "cached"),
-    "gpt2": ("GPT2Config", GPT, "cached"),
-    "gptj": ("GPTJConfig", GPT | {"rotary_dim": 4}, "cached"),
-    "opt": ("OPTConfig", DECODER | {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"}, "cached"),
-    "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "whole"),
+    "llama": ("LlamaConfig", DECODER, "prefix_cached"),
+    "mistral": ("MistralConfig", DECODER | {"sliding_window": None}, "prefix_cached"),
+    "qwen2": ("Qwen2Config", DECODER, "prefix_cached"),
+    "qwen3": ("Qwen3Config", DECODER, "prefix_cached"),
+    "phi3": ("Phi3Config", DECODER | {"sliding_window": None}, "prefix_cached"),
+    "gpt_neox": ("GPTNeoXConfig", DECODER, "prefix_cached"),
+    "gpt2": ("GPT2Config", GPT, "prefix_cached"),
+    "gptj": ("GPTJConfig", GPT | {"rotary_dim": 4}, "prefix_cached"),
+    "opt": (
+        "OPTConfig",
+        DECODER | {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_function": "gelu"},
+        "prefix_cached",
+    ),
+    "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "full"),
     # Experts
-    "mixtral": ("MixtralConfig", DECODER | MOE | {"sliding_window": None}, "cached"),
+    "mixtral": ("MixtralConfig", DECODER | MOE | {"sliding_window": None}, "prefix_cached"),
     # Scaled embeddings
-    "gemma": ("GemmaConfig", DECODER, "cached"),
+    "gemma": ("GemmaConfig", DECODER, "prefix_cached"),
     # Windows
-    "gpt_neo": ("GPTNeoConfig", NEO, "whole"),
-    "gemma2": ("Gemma2Config", DECODER | {"sliding_window": 8}, "whole"),
-    "gemma3": ("Gemma3TextConfig", DECODER | {"sliding_window": 8}, "whole"),
-    "qwen2 window": ("Qwen2Config", DECODER | WINDOW, "whole"),
-    "qwen3 window": ("Qwen3Config", DECODER | WINDOW, "whole"),
-    "mistral window": ("MistralConfig", DECODER | {"sliding_window": 8}, "whole"),
+    "gpt_neo": ("GPTNeoConfig", NEO, "full"),
+    "gemma2": ("Gemma2Config", DECODER | {"sliding_window": 8}, "full"),
+    "gemma3": ("Gemma3TextConfig", DECODER | {"sliding_window": 8}, "full"),
+    "qwen2 window": ("Qwen2Config", DECODER | WINDOW, "full"),
+    "qwen3 window": ("Qwen3Config", DECODER | WINDOW, "full"),
+    "mistral window": ("MistralConfig", DECODER | {"sliding_window": 8}, "full"),
     # Not only attention
-    "jamba": ("JambaConfig", DECODER | MOE | JAMBA, "whole"),
+    "jamba": ("JambaConfig", DECODER | MOE | JAMBA, "full"),
     # Encoders
-    "bert": ("BertConfig", ENCODER, "whole"),
-    "roberta": ("RobertaConfig", ENCODER | {"pad_token_id": 1}, "whole"),
-    "distilbert": ("DistilBertConfig", DISTIL, "whole"),
-    "electra": ("ElectraConfig", ENCODER | {"embedding_size": 32}, "whole"),
-    "deberta": ("DebertaV2Config", ENCODER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, "whole"),
-    "modernbert": ("ModernBertConfig", ENCODER | {"local_attention": 8, "global_attn_every_n_layers": 2}, "whole"),
-    "albert": ("AlbertConfig", ENCODER | {"embedding_size": 16}, "whole"),
+    "bert": ("BertConfig", ENCODER, "full"),
+    "roberta": ("RobertaConfig", ENCODER | {"pad_token_id": 1}, "full"),
+    "distilbert": ("DistilBertConfig", DISTIL, "full"),
+    "electra": ("ElectraConfig", ENCODER | {"embedding_size": 32}, "full"),
+    "deberta": ("DebertaV2Config", ENCODER | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, "full"),
+    "modernbert": ("ModernBertConfig", ENCODER | {"local_attention": 8, "global_attn_every_n_layers": 2}, "full"),
+    "albert": ("AlbertConfig", ENCODER | {"embedding_size": 16}, "full"),
     # Encoder and decoder
     "t5": ("T5Config", T5, "refused"),
     "bart": ("BartConfig", BART, "refused"),

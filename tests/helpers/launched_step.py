@@ -43,7 +43,7 @@ def step(config: Config) -> tuple[dict[str, Tensor], dict]:
     calls.append(0)
     metrics |= scored.metrics | update_step(run, scored, 0, 0, Clock()).metrics
     left = {f"rollout {name}": value.contiguous() for name, value in vars(scored.rollout).items()}
-    left |= {"reward": scored.reward_B, "advantage": scored.advantage_B}
+    left |= {"reward": scored.reward.total_B, "advantage": scored.advantage_B}
     left |= {f"gradient {i} {name}": g for i, found in enumerate(gradients) for name, g in found.items()}
     left |= {f"adapter {name}": p.detach().clone() for name, p in parameters.items()}
     split = [p for p in body.parameters() if isinstance(p, DTensor)]

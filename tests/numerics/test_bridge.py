@@ -159,7 +159,7 @@ def test_what_the_scorer_tokenises_otherwise_is_noticed(llada_tokenizer):
     reward = load_classifier(REVIEWS / "reward")
     reward.bind(reward.tokenizer, len(reward.tokenizer))
     prompts = Prompts([PROMPTS[0]] * 4, [{}] * 4)
-    whole = reward.tokenise(" is funny and moving")
+    whole = reward.tokenizer(" is funny and moving", add_special_tokens=False)["input_ids"]
     letters = [reward.tokenizer.convert_tokens_to_ids(letter) for letter in "Ġfunny"]
     special = reward.tokenizer.convert_tokens_to_ids("<|user|>")
     rows = [whole, letters, [*whole[:1], special, *whole[1:]], []]
@@ -189,8 +189,8 @@ def test_what_is_guided_is_what_is_scored_where_the_tokens_are_the_same(llada_to
     shown_BC = torch.zeros_like(ids_BC, dtype=torch.bool)
     for b, row in enumerate(rows):
         ids_BC[b, : len(row)], shown_BC[b, : len(row)] = torch.tensor(row), True
-    guided_B = reward.from_embeddings(reward.embedding_VD[ids_BC], shown_BC, prompts)
-    apart_B = (guided_B - reward.score(prompts, texts)).abs()
+    guided_B = reward.for_prompts(prompts)(reward.embedding_VD[ids_BC], shown_BC, torch.arange(len(texts)))
+    apart_B = (guided_B - reward.score(prompts, texts).reward_B).abs()
     exact_B = ((reward.coverage.kind_V[ids_BC] == EXACT) | ~shown_BC).all(1)
     same = [llada_tokenizer.tokenize(t) == reward.tokenizer.tokenize(t) for t in texts]
     assert exact_B.tolist() == same == [True, True, False, False]

@@ -12,7 +12,7 @@ from rgrl.algo.estimators import draw_one_step, only_logp, weighted_sum
 from rgrl.config import Config, GuidanceConfig, LoraConfig, ObjectiveConfig, RolloutConfig, RunConfig
 from rgrl.models import add_lora, load_policy, readout
 from rgrl.models.lora import adapter_parameters
-from rgrl.rewards import load_classifier
+from rgrl.rewards import RewardResult, load_classifier
 from rgrl.rollout import generate
 from rgrl.rollout.denoise import write_schedule
 from rgrl.rollout.guidance import Guide, steer
@@ -106,7 +106,7 @@ def test_the_rewards_gradient_and_its_kl_take_less_than_a_third_of_the_canvas_lo
     step_BC = torch.rand(B, C, generator=rng).argsort(1)
     rollout = rollout_of(canvas_BL, torch.ones(B, C, dtype=torch.bool), step_BC=step_BC)
     nothing_B = torch.zeros(B)
-    scored = Scored(prompts, rollout, [""] * B, nothing_B, {}, nothing_B, {})
+    scored = Scored(prompts, rollout, [""] * B, RewardResult(nothing_B, {}), nothing_B, {})
 
     def update():
         batch = prepare(run, scored, 0)

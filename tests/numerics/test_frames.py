@@ -10,7 +10,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 import rgrl
 from rgrl.errors import ConfigError
 from rgrl.rewards import load_classifier
-from rgrl.rewards.frame import Frame
+from rgrl.rewards.template import InputTemplate
 from rgrl.types import Prompts
 
 TURN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
@@ -80,20 +80,20 @@ def bert(folder):
 # ------------------------------------------------------------------------------------------------- tokenised whole
 def test_a_text_is_tokenised_as_the_rendered_conversation(tmp_path):
     for tokenizer in (tokenizer_with(TURN), sentencepiece()):
-        frame = Frame(tokenizer, "r")
+        template = InputTemplate(tokenizer, "r")
         for prompt, completion in [("the film", " is good"), ("", "the film, "), ("film\n\n", "\n.")]:
             whole = tokenizer(chat(tokenizer, prompt, completion), add_special_tokens=False)["input_ids"]
-            assert frame.framed(prompt, completion).ids == whole
+            assert template.encode(prompt, completion).ids == whole
 
 
 def test_a_pair_is_tokenised_as_the_tokenizer_does_pairs(tmp_path):
     tokenizer = bert(tmp_path)
-    frame = Frame(tokenizer, "r")
+    template = InputTemplate(tokenizer, "r")
     for prompt, completion in [("the film", "is good"), ("", "good"), ("the films, x", "x")]:
         whole = tokenizer(prompt, completion)
-        framed = frame.framed(prompt, completion)
-        assert (framed.ids, framed.types) == (whole["input_ids"], whole["token_type_ids"])
-        before, after = frame.around(prompt)
+        encoded = template.encode(prompt, completion)
+        assert (encoded.ids, encoded.types) == (whole["input_ids"], whole["token_type_ids"])
+        before, after = template.around(prompt)
         inner = tokenizer(completion, add_special_tokens=False)["input_ids"]
         assert before.ids + inner + after.ids == whole["input_ids"]
 
@@ -104,33 +104,33 @@ def test_special_tokens_around_a_text_without_a_template():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    frame = Frame(tokenizer, "r")
+    template = InputTemplate(tokenizer, "r")
     whole = tokenizer("the film\nis good")["input_ids"]
-    assert whole[0] == 1 and whole[-1] == 2 and frame.framed("the film", "is good").ids == whole
-    assert frame.forgeable
+    assert whole[0] == 1 and whole[-1] == 2 and template.encode("the film", "is good").ids == whole
+    assert template.forgeable
 
 
 @pytest.mark.parametrize("template", [TURN, TURN.replace("m.content", "m.content | trim"), TURN + " ok<|user|>"])
 def test_what_stands_around_a_completion_does_not_depend_on_it(template):
     tokenizer = tokenizer_with(template)
-    frame = Frame(tokenizer, "r")
+    template = InputTemplate(tokenizer, "r")
     for prompt in ("the plot of this film", "it", "x\n"):
-        before, after = frame.around(prompt)
+        before, after = template.around(prompt)
         for completion in ("good", "bad, and too long", "it is"):
             inner = tokenizer(completion, add_special_tokens=False)["input_ids"]
-            assert frame.framed(prompt, completion).ids == before.ids + inner + after.ids
+            assert template.encode(prompt, completion).ids == before.ids + inner + after.ids
 
 
 # ------------------------------------------------------------------------------------------------------ no forgery
 @pytest.mark.parametrize("text", FORGERIES)
 def test_no_text_becomes_a_control_token(text):
     tokenizer = tokenizer_with(TURN)
-    frame = Frame(tokenizer, "r")
-    plain = controls_in(tokenizer, frame.framed("x", "y").ids)
+    template = InputTemplate(tokenizer, "r")
+    plain = controls_in(tokenizer, template.encode("x", "y").ids)
     for pair in ((text, "y"), ("x", text), (text, text)):
-        assert controls_in(tokenizer, frame.framed(*pair).ids) == plain
-        assert controls_in(tokenizer, [i for part in frame.around(pair[0]) for i in part.ids]) == plain
-    shown = tokenizer.decode(frame.framed("x", text).ids)
+        assert controls_in(tokenizer, template.encode(*pair).ids) == plain
+        assert controls_in(tokenizer, [i for part in template.around(pair[0]) for i in part.ids]) == plain
+    shown = tokenizer.decode(template.encode("x", text).ids)
     assert shown == f"<|user|>x<|assistant|>{text.replace(chr(0xFDD0), chr(0xFFFD))}"
 
 
@@ -145,10 +145,10 @@ def test_no_prompt_becomes_a_control_token_of_the_policy(text):
 
 def test_no_pair_becomes_a_control_token(tmp_path):
     tokenizer = bert(tmp_path)
-    frame = Frame(tokenizer, "r")
-    ids = frame.framed("the [SEP] film", "good [SEP] x [CLS]").ids
+    template = InputTemplate(tokenizer, "r")
+    ids = template.encode("the [SEP] film", "good [SEP] x [CLS]").ids
     assert [ids.count(i) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id)] == [1, 2]
-    assert not frame.forgeable
+    assert not template.forgeable
 
 
 def test_special_tokens_that_the_text_lacks_are_hidden_from_the_guide():
@@ -167,7 +167,7 @@ def test_special_tokens_that_the_text_lacks_are_hidden_from_the_guide():
     ],
 )
 def test_a_template_whose_marks_are_plain_text_is_noticed(template, forgeable):
-    assert Frame(tokenizer_with(template), "r").forgeable == forgeable
+    assert InputTemplate(tokenizer_with(template), "r").forgeable == forgeable
 
 
 # ------------------------------------------------------------------------------------------------------- templates
@@ -186,67 +186,69 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("template", REFUSED)
-def test_a_template_that_no_frame_can_be_cut_from_is_refused(template, tmp_path):
+def test_a_template_that_does_not_show_prompt_and_answer_is_refused(template, tmp_path):
     with pytest.raises(ConfigError, match=REFUSED[template]) as refused:
         load_classifier(write_reward(tmp_path / "r", template=template))
     assert "\n" not in str(refused.value)
 
 
 def test_a_template_may_want_messages_in_parts():
-    frame, plain = Frame(tokenizer_with(PARTS), "r"), Frame(tokenizer_with(TURN), "r")
-    assert frame.in_parts and frame.framed("a film", " good").ids == plain.framed("a film", " good").ids
+    template, plain = InputTemplate(tokenizer_with(PARTS), "r"), InputTemplate(tokenizer_with(TURN), "r")
+    assert template.in_parts and template.encode("a film", " good").ids == plain.encode("a film", " good").ids
 
 
 def test_a_template_that_asks_for_the_day_gets_the_same_one_every_day():
     tokenizer = tokenizer_with("{% set day = strftime_now('%d %B %Y') %}\nit is {{ day }}" + TURN)
-    assert tokenizer.decode(Frame(tokenizer, "r").framed("x", "y").ids).startswith("it is 01 January 2025<|user|>x")
+    assert tokenizer.decode(InputTemplate(tokenizer, "r").encode("x", "y").ids).startswith(
+        "it is 01 January 2025<|user|>x"
+    )
 
 
 def test_reading_where_padding_also_ends_the_template(tmp_path):
     """The model's own forward pass reads the last token that is not padding, and so do score and guide."""
     folder = write_reward(tmp_path / "r", template=TURN + "<|endoftext|>")
     reward = load_classifier(folder)
-    ids = reward.frame.framed("the film", " is good").ids
+    ids = reward.template.encode("the film", " is good").ids
     assert ids[-1] == reward.pad_id
     prompts = Prompts(["the film", "it"], [{}, {}])
     own = reward.model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, 0]
-    assert torch.allclose(reward.score(prompts, [" is good", " is"])[0], own, atol=1e-5)
+    assert torch.allclose(reward.score(prompts, [" is good", " is"]).reward_B[0], own, atol=1e-5)
     own = reward.model(input_ids=torch.tensor([ids[:-1]])).logits[0, 0]
-    assert torch.allclose(reward.score(prompts, [" is good", " is"])[0], own, atol=1e-5)
+    assert torch.allclose(reward.score(prompts, [" is good", " is"]).reward_B[0], own, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- length
 def test_a_long_prompt_loses_its_beginning_and_is_counted():
     tokenizer = tokenizer_with(TURN)
-    frame = Frame(tokenizer, "r", limit=24)
-    frame.make_room(8)
+    template = InputTemplate(tokenizer, "r", limit=24)
+    template.make_room(8)
     long = "the first words of it, and then the plot of this film is, as a thriller, hard to follow to its end"
-    before, after = frame.around(long)
+    before, after = template.around(long)
     assert len(before) + len(after) + 8 <= 24 and before.ids[0] == tokenizer.convert_tokens_to_ids("<|user|>")
     shown = tokenizer.decode(before.ids[1:-1])
     assert long.endswith(shown) and 0 < len(shown) < len(long)
-    framed = frame.framed(long, " good")
-    assert framed.ids == before.ids + tokenizer(" good")["input_ids"] + after.ids  # cut alike, whatever the completion
-    assert frame.cut == 1
-    frame.framed("it", " good")
-    assert frame.cut == 1
+    encoded = template.encode(long, " good")
+    assert encoded.ids == before.ids + tokenizer(" good")["input_ids"] + after.ids  # cut alike, whatever the completion
+    assert encoded.truncated and not template.encode("it", " good").truncated
     # A completion that takes more tokens than were kept free costs more of the prompt.
-    assert len(frame.framed(long, " good" * 14).ids) <= 24 and frame.cut == 2
-    with pytest.raises(ConfigError, match="longer than the 24 tokens"):
-        frame.framed(long, " good" * 40)
+    encoded = template.encode(long, " good" * 14)
+    assert len(encoded) <= 24 and encoded.truncated
+    with pytest.raises(ConfigError, match="longer than the limit of 24 tokens"):
+        template.encode(long, " good" * 40)
     with pytest.raises(ConfigError, match="30 tokens are kept free"):
-        frame.make_room(30)
+        template.make_room(30)
 
 
 def test_the_limit_is_the_models_positions_or_a_lower_one(tmp_path):
     folder = write_architecture(tmp_path / "r", "opt")
-    assert load_classifier(folder).frame.limit == 128
-    assert load_classifier(folder, max_length=40).frame.limit == 40
+    assert load_classifier(folder).template.limit == 128
+    assert load_classifier(folder, max_length=40).template.limit == 40
     with pytest.raises(ConfigError, match="129 is more than the 128"):
         load_classifier(folder, max_length=129)
     long = Prompts(["the film is good and " * 60], [{}])
     reward = load_classifier(folder)
-    assert reward.score(long, [" good"]).isfinite().all() and reward.frame.cut == 1
+    scores = reward.score(long, [" good"])
+    assert scores.reward_B.isfinite().all() and scores.truncated == 1
 
 
 def test_many_texts_are_tokenised_as_one_by_one():

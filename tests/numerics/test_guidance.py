@@ -91,7 +91,7 @@ def slow_truncate(logits_V, top_k, top_p):
 
 def slow_reward(reward, text, response, attend_eos):
     """One row, uncached, by transformers' own classifier; `response` is a list of (likely token, embedding)."""
-    before, after = reward.frame.around(text)
+    before, after = reward.template.around(text)
     table = reward.model.get_input_embeddings().weight
     shown = []
     for token, embedding in response:

@@ -61,6 +61,11 @@ def as_embeddings(reward):
     return response_BCD, attention_BC
 
 
+def guided(reward, response_BCD, attention_BC, prompts):
+    """The reward of one response a prompt, given as embeddings."""
+    return reward.for_prompts(prompts)(response_BCD, attention_BC, torch.arange(len(prompts)))
+
+
 @torch.no_grad()
 def scores_of(model, reward, folder):
     """By transformers' own classifier, of the whole texts."""
@@ -70,15 +75,15 @@ def scores_of(model, reward, folder):
 
 def test_score_is_transformers_own_score_of_the_whole_text(folder, reward):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    score_B = reward.score(PROMPTED, COMPLETIONS)
+    score_B = reward.score(PROMPTED, COMPLETIONS).reward_B
     assert score_B.dtype == torch.float32 and score_B.std() > 0.05
     torch.testing.assert_close(score_B, scores_of(model, reward, folder), rtol=0, atol=1e-5)
 
 
 def test_embedded_tokens_get_the_score_of_their_text(reward):
     response_BCD, attention_BC = as_embeddings(reward)
-    score_B = reward.score(PROMPTED, COMPLETIONS)
-    r_B = reward.from_embeddings(response_BCD, attention_BC, PROMPTED)
+    score_B = reward.score(PROMPTED, COMPLETIONS).reward_B
+    r_B = guided(reward, response_BCD, attention_BC, PROMPTED)
     torch.testing.assert_close(r_B, score_B, rtol=0, atol=1e-5)
     prompted = reward.for_prompts(PROMPTED)
     for _ in range(2):  # the cached prefix is not used up
@@ -91,8 +96,8 @@ def test_embedded_tokens_get_the_score_of_their_text(reward):
 
 def test_all_completions_empty(reward):
     D = reward.model.config.hidden_size
-    nothing_B = reward.from_embeddings(torch.randn(4, 3, D), torch.zeros(4, 3, dtype=torch.bool), PROMPTED)
-    torch.testing.assert_close(nothing_B, reward.score(PROMPTED, [""] * 4), rtol=0, atol=1e-5)
+    nothing_B = guided(reward, torch.randn(4, 3, D), torch.zeros(4, 3, dtype=torch.bool), PROMPTED)
+    torch.testing.assert_close(nothing_B, reward.score(PROMPTED, [""] * 4).reward_B, rtol=0, atol=1e-5)
 
 
 def test_gradient_is_that_of_the_whole_uncached_forward_pass(folder, reward):
@@ -101,7 +106,7 @@ def test_gradient_is_that_of_the_whole_uncached_forward_pass(folder, reward):
     weight_B = torch.tensor([1.0, 2.0, -1.0, 0.5])
 
     fast_BCD = response_BCD.clone().requires_grad_()
-    (weight_B * reward.from_embeddings(fast_BCD, attention_BC, PROMPTED)).sum().backward()
+    (weight_B * guided(reward, fast_BCD, attention_BC, PROMPTED)).sum().backward()
 
     slow_BCD = response_BCD.clone().requires_grad_()
     table = reward.model.get_input_embeddings().weight
@@ -216,9 +221,10 @@ def test_total_is_the_weighted_sum_of_model_and_functions(folder, reward):
     config = Config(reward=RewardConfig(path=str(folder), name="rm", weight=2.0, functions=functions))
     rewards, _ = load_rewards(config, "cpu")
     rows = [{"bonus": b} for b in (1.0, 2.0, 3.0, 4.0)]
-    total_B, terms = rewards.score(Prompts(TEXTS, rows), COMPLETIONS)
+    found = rewards.score(Prompts(TEXTS, rows), COMPLETIONS)
+    total_B, terms = found.total_B, found.terms
     assert set(terms) == {"rm", "length_of", "from_row"}
-    model_B = reward.score(PROMPTED, COMPLETIONS)
+    model_B = reward.score(PROMPTED, COMPLETIONS).reward_B
     torch.testing.assert_close(terms["rm"], model_B)
     assert terms["length_of"].tolist() == [len(c) for c in COMPLETIONS]
     expected = [
@@ -234,7 +240,7 @@ def test_functions_alone_need_no_model():
     config = Config(reward=RewardConfig(functions={"test_rewards:length_of": 2.0}), guidance=UNGUIDED)
     rewards, guide = load_rewards(config, "cpu")
     assert guide is None and rewards.model is None
-    assert rewards.score(PROMPTED, COMPLETIONS)[0].tolist() == [2.0 * len(c) for c in COMPLETIONS]
+    assert rewards.score(PROMPTED, COMPLETIONS).total_B.tolist() == [2.0 * len(c) for c in COMPLETIONS]
 
 
 @pytest.mark.parametrize("path", ["no_such_module_here:f", "test_rewards:no_such_function", "length_of"])
@@ -253,7 +259,9 @@ def test_guide_shares_the_scorers_weights_where_it_is_the_same_model(reward_dir,
         assert guide is rewards.model and guide is not None
     rewards, guide = load(GuidanceConfig(path=str(judge_dir)))
     assert guide is not None and guide is not rewards.model
-    assert not torch.equal(guide.score(PROMPTED, COMPLETIONS), rewards.model.score(PROMPTED, COMPLETIONS))
+    assert not torch.equal(
+        guide.score(PROMPTED, COMPLETIONS).reward_B, rewards.model.score(PROMPTED, COMPLETIONS).reward_B
+    )
     assert load(UNGUIDED)[1] is None
 
 
@@ -270,10 +278,10 @@ def test_lora_adapter_of_the_reward_model_is_merged(folder, reward, tmp_path):
     merged = load_classifier(folder, adapter=str(tmp_path / "adapter"))
     assert not any("lora" in name for name, _ in merged.named_parameters())
     expected_B = scores_of(adapted, merged, folder)
-    torch.testing.assert_close(merged.score(PROMPTED, COMPLETIONS), expected_B, rtol=0, atol=1e-5)
-    assert (reward.score(PROMPTED, COMPLETIONS) - expected_B).abs().max() > 0.01
+    torch.testing.assert_close(merged.score(PROMPTED, COMPLETIONS).reward_B, expected_B, rtol=0, atol=1e-5)
+    assert (reward.score(PROMPTED, COMPLETIONS).reward_B - expected_B).abs().max() > 0.01
     # Merging must leave the path for guidance intact.
-    guided_B = merged.from_embeddings(*as_embeddings(merged), PROMPTED)
+    guided_B = guided(merged, *as_embeddings(merged), PROMPTED)
     torch.testing.assert_close(guided_B, expected_B, rtol=0, atol=1e-5)
 
 

@@ -12,8 +12,8 @@ from checkpoints import REPO
 from rgrl.config import Config, RewardConfig
 from rgrl.config.load import as_yaml, load_config
 from rgrl.errors import ConfigError
-from rgrl.rewards import Rewards, load_functions
-from rgrl.rewards.shaping import Shape, normalised, weighted_sum
+from rgrl.rewards import ClassifierScores, RewardResult, Rewards, load_functions
+from rgrl.rewards.total import Shape, normalised, weighted_sum
 from rgrl.types import Prompts
 
 
@@ -31,8 +31,7 @@ def scored(functions, completions, answers=None, **reward):
     answers = answers if answers is not None else ["4"] * len(completions)
     prompts = Prompts(["p"] * len(completions), [{"answer": answer} for answer in answers])
     rewards = load_functions(RewardConfig(functions=functions, **reward))
-    total_B, terms = rewards.score(prompts, completions)
-    return rewards, total_B, terms
+    return rewards, rewards.score(prompts, completions)
 
 
 def test_verifiers_and_python_add_up_by_name_and_weight(own_rewards):
@@ -41,7 +40,8 @@ def test_verifiers_and_python_add_up_by_name_and_weight(own_rewards):
         "own_shaped:words": {"weight": 0.5, "settings": {"scale": 10}, "clip": [0, 15], "name": "long"},
         "boxed": {"function": "pattern", "settings": {"pattern": "boxed"}},
     }
-    _, total_B, terms = scored(functions, ["4", "is 5", "\\boxed{4} or so"])
+    _, found = scored(functions, ["4", "is 5", "\\boxed{4} or so"])
+    total_B, terms = found.total_B, found.terms
     assert list(terms) == ["numeric", "long", "boxed"]
     assert [term.tolist() for term in terms.values()] == [[1, 0, 1], [10, 15, 15], [0, 0, 1]]
     assert total_B.tolist() == [7.0, 7.5, 10.5]
@@ -53,10 +53,11 @@ def test_a_part_is_paid_only_where_another_holds(own_rewards):
         "numeric": 1.0,
         "chain": {"function": "own_shaped:words", "name": "chained", "only_if": "words"},
     }
-    rewards, total_B, terms = scored(functions, ["is 4", "is 5", "any"], ["4", "4", None])
+    _, found = scored(functions, ["is 4", "is 5", "any"], ["4", "4", None])
+    total_B, terms = found.total_B, found.terms
     assert terms["words"].tolist()[:2] == [2.0, 0.0] == terms["chained"].tolist()[:2]
     assert terms["words"][2].isnan() and total_B[2].isnan(), "nobody knows if the condition holds"
-    assert total_B.tolist()[:2] == [5.0, 0.0] and rewards.unrated["numeric"] == 1
+    assert total_B.tolist()[:2] == [5.0, 0.0] and found.counts.unrated["numeric"] == 1
 
 
 def test_a_reward_model_is_shaped_as_well():
@@ -64,11 +65,12 @@ def test_a_reward_model_is_shaped_as_well():
         name = "model"
 
         def score(self, prompts, completions):
-            return torch.tensor([-9.0, 9.0, 1.0, 0.0])
+            return ClassifierScores(torch.tensor([-9.0, 9.0, 1.0, 0.0]), truncated=0)
 
     rewards = Rewards(Model(), {"f": lambda p, c, r: [1.0, 1.0, 0.0, None]}, {"model": 1.0, "f": 1.0})
     rewards.shapes = {"model": Shape(clip=(-2.0, 2.0), only_if="f")}
-    total_B, terms = rewards.score(Prompts(["p"] * 4, [{}] * 4), ["a", "b", "c", "d"])
+    found = rewards.score(Prompts(["p"] * 4, [{}] * 4), ["a", "b", "c", "d"])
+    total_B, terms = found.total_B, found.terms
     assert terms["model"].tolist()[:3] == [-2.0, 2.0, 0.0] and total_B.tolist()[:3] == [-1.0, 3.0, 0.0]
     assert terms["model"][3].isnan()
 
@@ -76,20 +78,22 @@ def test_a_reward_model_is_shaped_as_well():
 def test_normalised_parts_weigh_alike_whatever_their_scale(own_rewards):
     functions = {"numeric": {"normalise": True}, "own_shaped:words": {"normalise": True, "settings": {"scale": 1000}}}
     completions = ["4", "is 4", "5", "is 5", "4", "4", "4", "4"]
-    rewards, total_B, terms = scored(functions, completions)
+    rewards, found = scored(functions, completions)
+    total_B, terms = found.total_B, found.terms
     assert total_B[:4].tolist() == [1001, 2001, 1000, 2000], "what is shown stays as it was"
-    compared_B = rewards.for_advantages(total_B, terms, 4)
+    compared_B = rewards.for_advantages(found, 4)
     one = 0.5 / math.sqrt(1 / 3)
     assert compared_B.tolist() == pytest.approx([0, 2 * one, -2 * one, 0, 0, 0, 0, 0], abs=1e-6)
     halves = [
-        rewards.for_advantages(total_B[i : i + 4], {n: t[i : i + 4] for n, t in terms.items()}, 4) for i in (0, 4)
+        rewards.for_advantages(RewardResult(total_B[i : i + 4], {n: t[i : i + 4] for n, t in terms.items()}), 4)
+        for i in (0, 4)
     ]
     assert torch.equal(torch.cat(halves), compared_B), "groups do not know of each other"
 
 
 def test_without_normalising_completions_are_compared_by_the_sum_itself():
-    rewards, total_B, terms = scored({"numeric": 1.0}, ["4", "5"])
-    assert rewards.for_advantages(total_B, terms, 2) is total_B
+    rewards, found = scored({"numeric": 1.0}, ["4", "5"])
+    assert rewards.for_advantages(found, 2) is found.total_B
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
@@ -189,7 +193,7 @@ def test_math_without_its_package_says_what_to_install(where, tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rewards = load_functions(RewardConfig(functions={"math": {"settings": {"where": where}}}))
     with pytest.raises(ConfigError, match=r"verifier `math` needs the package math-verify.*not here.*\[math\]"):
-        rewards.try_out(Prompts(["p"], [{"answer": "1"}]))
+        rewards.dry_run(Prompts(["p"], [{"answer": "1"}]))
 
 
 def test_the_documented_settings_load(tmp_path, monkeypatch):

@@ -83,8 +83,9 @@ def test_the_documented_verifier_scores_by_its_rows(user_files):
     exact = importlib.import_module("my_rewards").exact
     rewards = Rewards(None, {"exact": exact}, {"exact": 2.0}, settings={"exact": {"tolerance": 0.5}})
     prompts = Prompts(["a", "b", "c", "d"], [{"answer": a} for a in ("4", "5", "6", None)])
-    total_B, terms = rewards.score(prompts, ["it is 3, no, 4.4", "5.6", "", "7"])
-    assert total_B[:3].tolist() == [2.0, 0.0, 0.0] and total_B[3].isnan() and terms["exact"][3].isnan()
+    found = rewards.score(prompts, ["it is 3, no, 4.4", "5.6", "", "7"])
+    assert found.total_B[:3].tolist() == [2.0, 0.0, 0.0]
+    assert found.total_B[3].isnan() and found.terms["exact"][3].isnan()
 
 
 def test_the_documented_verifier_objective_estimator_and_advantage_train(user_files, tiny, tmp_path):

@@ -41,8 +41,8 @@ def test_a_fraction_of_each_group_is_guided_and_the_rest_is_the_policys_own(made
 def test_texts_and_rewards_of_a_mixed_group_stay_with_their_rows(made):
     scored = rolled(made, share=0.25)
     assert scored.completions == made.policy.decode(scored.rollout.completion_BC)
-    again_B, _ = made.rewards.score(scored.prompts, scored.completions)
-    torch.testing.assert_close(scored.reward_B, again_B)
+    again = made.rewards.score(scored.prompts, scored.completions)
+    torch.testing.assert_close(scored.reward.total_B, again.total_B)
 
 
 def test_guidance_fades_linearly_and_is_off_at_its_end(tiny, tmp_path):

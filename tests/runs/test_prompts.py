@@ -19,8 +19,9 @@ from rgrl.errors import ConfigError
 from rgrl.evaluation import rejudge
 from rgrl.models.load import load_reader
 from rgrl.models.reader import Reader
-from rgrl.rewards.classifier import load_classifier, load_frame
-from rgrl.rewards.frame import Frame
+from rgrl.rewards import load_classifier
+from rgrl.rewards.checkpoint import load_template
+from rgrl.rewards.template import InputTemplate
 from rgrl.types import Prompts, transcript, turns_of
 
 CHAT = [
@@ -47,13 +48,13 @@ def reader(llada_dir) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def frame(reward_dir) -> Frame:
-    return load_frame(str(reward_dir), "reward")[0]
+def input_template(reward_dir) -> InputTemplate:
+    return load_template(str(reward_dir), "reward")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- chats
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_all_turns_reach_policy_and_reward_model(suffix, tmp_path, reader, frame):
+def test_all_turns_reach_policy_and_reward_model(suffix, tmp_path, reader, input_template):
     path = tmp_path / f"chat.{suffix}"
     if suffix == "jsonl":
         lines(path, {"m": ANSWERED}, {"m": CHAT[1:2]})
@@ -64,20 +65,20 @@ def test_all_turns_reach_policy_and_reward_model(suffix, tmp_path, reader, frame
     chat, plain = prompts.take([0, 1]).chats
     assert (chat, plain) == (CHAT, "is it good"), "an answer at the end is no part of the prompt"
     shown = reader.format_prompt(chat)
-    before, _ = frame.around(chat)
-    for text in (shown, frame.tokenizer.decode(before.ids)):
+    before, _ = input_template.around(chat)
+    for text in (shown, input_template.tokenizer.decode(before.ids)):
         places = [text.find(turn["content"]) for turn in CHAT]
         assert -1 not in places and places == sorted(places)
     assert "assistant" in shown[shown.find("and the plot") :], "the answer begins there"
     assert prompts.texts[0] == transcript(CHAT) and all(turn["content"] in prompts.texts[0] for turn in CHAT)
 
 
-def test_a_single_user_turn_is_what_its_text_is(tmp_path, reader, frame):
+def test_a_single_user_turn_is_what_its_text_is(tmp_path, reader, input_template):
     chat = prompts_of(tmp_path / "a.jsonl", {"m": CHAT[1:2]}, column="m")
     plain = prompts_of(tmp_path / "b.jsonl", {"m": "is it good"}, column="m")
     assert fingerprint(chat)["prompts"] == fingerprint(plain)["prompts"]
     assert reader.format_prompt(chat.take([0]).chats[0]) == reader.format_prompt("is it good")
-    assert frame.framed(chat.take([0]).chats[0], "yes") == frame.framed("is it good", "yes")
+    assert input_template.encode(chat.take([0]).chats[0], "yes") == input_template.encode("is it good", "yes")
 
 
 def test_scores_and_guidance_read_the_chat(reward_dir):
@@ -86,12 +87,12 @@ def test_scores_and_guidance_read_the_chat(reward_dir):
     own = reward.tokenizer.apply_chat_template([*CHAT, {"role": "assistant", "content": "yes"}], tokenize=False)
     texts = [transcript(CHAT), "and the plot"]
     both = Prompts(texts, [{}, {}], chats=[CHAT, "and the plot"])
-    score = reward.score(both, ["yes", "yes"])
-    assert reward.frame.framed(CHAT, "yes").ids == reward.tokenizer(own, add_special_tokens=False)["input_ids"]
+    score = reward.score(both, ["yes", "yes"]).reward_B
+    assert reward.template.encode(CHAT, "yes").ids == reward.tokenizer(own, add_special_tokens=False)["input_ids"]
     assert score[0] != score[1]
-    before, after = reward.frame.around(CHAT)
-    ids = reward.tokenise("yes")
-    assert before.ids + ids + after.ids == reward.frame.framed(CHAT, "yes").ids
+    before, after = reward.template.around(CHAT)
+    ids = reward.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    assert before.ids + ids + after.ids == reward.template.encode(CHAT, "yes").ids
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ REFUSES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception(
         ("{{ messages[-1].content }}", "does not show the user turn"),
     ],
 )
-def test_a_template_that_leaves_turns_out_is_refused(template, words, tmp_path, reader, frame):
+def test_a_template_that_leaves_turns_out_is_refused(template, words, tmp_path, reader, input_template):
     rows = [{"m": "plain"}, {"m": CHAT[1:] if "-1" in template else CHAT}]
     prompts = prompts_of(tmp_path / "a.jsonl", *rows, column="m", max_prompt_length=60)
     own = reader.tokenizer.chat_template
@@ -546,7 +547,7 @@ def test_a_run_on_chats_is_judged_again_as_it_was(tiny, tmp_path, judge_dir):
     out = go(changed(tiny, data=data, rollout={"num_generations": 2}), tmp_path, steps=1)
     tables = rejudge.read_tables(out)
     judge = load_classifier(judge_dir, name="judge")
-    judge.frame.make_room(rejudge.completion_length(out))
+    judge.template.make_room(rejudge.completion_length(out))
     for table in rejudge.rejudge(tables, judge, 3, lambda text: None):
         assert [type(chat) for chat in table.chats] == [str, list, str, list]
         assert table.scores["new"] == pytest.approx(table.scores["judge"], abs=1e-4)

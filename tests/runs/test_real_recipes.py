@@ -125,11 +125,11 @@ def test_a_preset_reads_its_columns_and_scores_by_them(name, tmp_path):
     if name == "math500" and importlib.util.find_spec("math_verify") is None:
         pytest.skip("needs math-verify")
     rewards = load_functions(config.reward)
-    assert not rewards.try_out(training, evaluation)
+    assert not rewards.dry_run(training, evaluation)
     for prompts in (training.take(range(5)), evaluation.take([0])):
         for answer, paid in zip(ANSWERS[name], (1.0, 0.0), strict=True):
-            total_B, _ = rewards.score(prompts, [answer(row) for row in prompts.rows])
-            assert total_B.tolist() == [paid] * len(prompts)
+            found = rewards.score(prompts, [answer(row) for row in prompts.rows])
+            assert found.total_B.tolist() == [paid] * len(prompts)
 
 
 def test_lmsys_is_read_in_english_alone(tmp_path):

@@ -44,7 +44,9 @@ def test_the_ridge_judge_knows_praise_from_blame():
 def test_the_small_models_know_praise_from_blame_and_from_broken_text(name):
     model = load_classifier(REVIEWS / name)
     prompts = [opening for opening, _ in (PRAISE, BLAME, BROKEN)]
-    praise, blame, broken = model.score(Prompts(prompts, [{}] * 3), [rest for _, rest in (PRAISE, BLAME, BROKEN)])
+    praise, blame, broken = model.score(
+        Prompts(prompts, [{}] * 3), [rest for _, rest in (PRAISE, BLAME, BROKEN)]
+    ).reward_B
     assert praise > blame + 1 and praise > broken + 1
 
 
@@ -68,7 +70,9 @@ def test_the_strong_judge_scores_as_the_adapter_on_its_encoder_does(tmp_path):
     out = strong_judge.assemble(encoder, REVIEWS / "strong_judge", tmp_path / "judge")
     judge = load_classifier(out)
     prompts = [opening for opening, _ in (PRAISE, BLAME, BROKEN)]
-    praise, blame, broken = judge.score(Prompts(prompts, [{}] * 3), [rest for _, rest in (PRAISE, BLAME, BROKEN)])
+    praise, blame, broken = judge.score(
+        Prompts(prompts, [{}] * 3), [rest for _, rest in (PRAISE, BLAME, BROKEN)]
+    ).reward_B
     assert praise > blame + 2 and praise > broken + 1
     assert strong_judge.assemble(encoder, REVIEWS / "strong_judge", out) == out  # and is left alone
     (out / strong_judge.STAMP).write_text("another")

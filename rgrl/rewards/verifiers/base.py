@@ -46,7 +46,7 @@ class Verifier:
     score: Callable[[str, Any, Any], float | Job | None]
     columns: Callable[[Any], list[str]]
     seconds: float = 0.0
-    paid: bool = True  # whether it can be above 0: a penalty cannot
+    positive: bool = True  # whether it can be above 0: a penalty cannot
     job: str = ""  # the kind of its jobs, where it has a process
 
 

@@ -58,5 +58,5 @@ def _nothing(row: Any, settings: Any) -> str:
     return ""
 
 
-LENGTH = Verifier(LengthSettings, _nothing, score_length, lambda settings: [], paid=False)
-REPETITION = Verifier(RepetitionSettings, _nothing, score_repetition, lambda settings: [], paid=False)
+LENGTH = Verifier(LengthSettings, _nothing, score_length, lambda settings: [], positive=False)
+REPETITION = Verifier(RepetitionSettings, _nothing, score_repetition, lambda settings: [], positive=False)
