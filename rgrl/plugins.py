@@ -1,7 +1,8 @@
 """User code: found by name or dotted path, and called through one boundary, `call_user_code`.
 
 Whatever it raises becomes one line with its file and line, and it has a time limit. What it changes in the process,
-such as the working folder, signal handlers or torch's defaults, stays changed: that is the user's program.
+such as the working folder or signal handlers, stays changed: that is the user's program. But what would change numbers
+in silence, torch's default type or autocast left on, is an error.
 """
 
 import faulthandler
@@ -72,15 +73,32 @@ def call_user_code(name: str, action: Callable[[], T], seconds: float = 0.0) -> 
     """
     if seconds and threading.current_thread() is not threading.main_thread():
         raise ConfigError("`reward.time_limit` works in the main thread only: set it to 0 to train in another")
+    before = _torch_state()
     try:
         with time_limit(seconds):
-            return action()
+            result = action()
     except KeyboardInterrupt:
         raise
     except TimeUpError:  # where the alarm happened to ring is not of interest
         raise UserCodeError(name, f"did not return within its `time_limit` of {seconds:g} seconds") from None
     except BaseException as error:  # user code may raise anything
         raise UserCodeError(name, f"raised {describe_exception(error)}") from error
+    if changed := [what for what, now in _torch_state().items() if before.get(what, now) != now]:
+        raise UserCodeError(name, f"left torch's {' and '.join(changed)} changed: put it back before it returns")
+    return result
+
+
+def _torch_state() -> dict[str, Any]:
+    """What of torch's global state decides the numbers, or the gradients, of everything computed after."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:  # nothing imports torch for this alone
+        return {}
+    return {
+        "grad mode": torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
+        "default type": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "autocast": [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")],
+    }
 
 
 def describe_exception(error: BaseException) -> str:

@@ -593,3 +593,29 @@ def test_a_reward_that_exits_ends_the_run_as_one_that_raises(trained, tmp_path, 
     [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "reward 'leave' raised SystemExit: 0" in line and "own.py, line 13" in line and "Traceback" not in printed
     assert saved(tmp_path / "run") == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    ("change", "restore", "what"),
+    [
+        (
+            lambda: torch.set_default_dtype(torch.float64),
+            lambda: torch.set_default_dtype(torch.float32),
+            "default type",
+        ),
+        (lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True), "grad mode"),
+        (
+            lambda: torch.set_autocast_enabled("cpu", True),
+            lambda: torch.set_autocast_enabled("cpu", False),
+            "autocast",
+        ),
+    ],
+)
+def test_what_would_change_numbers_in_silence_is_an_error(change, restore, what):
+    """Nothing is put back for user code, so a change to how torch computes must not pass unseen."""
+    try:
+        with pytest.raises(UserCodeError, match=f"mine left torch's {what} changed"):
+            call_user_code("mine", change)
+    finally:
+        restore()
+    assert call_user_code("mine", torch.get_default_dtype) == torch.float32
