@@ -28,17 +28,20 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 _PARTS = ("reward", "functions")  # where a number stands for a mapping that says only `weight`
 _MERGE = "tag:yaml.org,2002:merge"
 RENAMED = {"objective.iterations": "optim.updates"}
-# Settings of release 0.1.0 that did not pay (experiments/LOG.md), and the values under which they did nothing (None:
-# any): those are dropped, as the config.yaml of every run of that release has them.
-REMOVED: dict[str, tuple[str, ...] | None] = {
-    "gradient.loss": ("first_order",),
+# Settings of release 0.1.0 that did not pay (experiments/LOG.md), and the value under which each did nothing (None:
+# any): that is dropped, as the config.yaml of every run of that release has it.
+REMOVED: dict[str, str | float | None] = {
+    "gradient.loss": "first_order",
     "gradient.eta": None,
-    "gradient.centre": ("none",),
-    "gradient.marginal": ("0", "0.0"),
-    "gradient.reuse": ("false",),
+    "gradient.centre": "none",
+    "gradient.marginal": 0.0,
+    "gradient.reuse": False,
     "gradient.measure_steps": None,
 }
-GONE = "was removed in 0.2.0, as it did not pay in our experiments (experiments/LOG.md); release 0.1.0 (cc2d4ec) has it"
+GONE = (
+    "was removed in 0.2.0, as it did not pay in our experiments (experiments/LOG.md); "
+    "release 0.1.0 (commit cc2d4ec) has it"
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -46,26 +49,24 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises `ConfigError`.
     """
-    tree = _read(path, (), {})
-    for key, text in _parse_overrides(overrides or []):
-        if key in REMOVED or key in RENAMED:
-            section, name = key.split(".")
-            current = _current({section: {name: text}}, f"--{key}").items()
-            pairs = [(f"{at}.{name}", value) for at, values in current for name, value in values.items()]
-        else:
-            pairs = [(key, text)]
-        for name, value in pairs:
-            _override(tree, name, value)
+    renamed: set[str] = set()
+    tree = _read(path, (), {}, renamed)
+    for key, text in _current_overrides(_parse_overrides(overrides or []), renamed):
+        _override(tree, key, text)
+    for old in sorted(renamed):
+        warnings.warn_explicit(f"`{old}` is called `{RENAMED[old]}` now", FutureWarning, str(path), lineno=0)
     # A section with nothing in it is one where every line is a comment.
     config = Config(**{key: {} if isinstance(value, Null) else value for key, value in tree.items()})
     check(config)
     return config
 
 
-def _read(path: str | Path, below: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+def _read(
+    path: str | Path, below: tuple[Path, ...], known: dict[Path, dict[str, Any]], renamed: set[str]
+) -> dict[str, Any]:
     """The settings in a file, laid over those of what its key `extends` names.
 
-    `below`: the files that extend this one; `known`: what has been read already, by file.
+    `below`: the files that extend this one; `known`: what has been read already, by file; `renamed`: as in `_current`.
     """
     by = f" (which {below[-1]} extends)" if below else ""
     path, text = _read_text(path, by)
@@ -79,37 +80,65 @@ def _read(path: str | Path, below: tuple[Path, ...], known: dict[Path, dict[str,
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold sections such as `model:` and `run:`, not {short(tree)}")
-    tree = _current(tree, str(path))
+    tree = _current(tree, str(path), renamed)
     above: dict[str, Any] = {}
     for parent in _parents(tree.pop("extends", Null()), path):
-        above = _overlay(above, _read(parent, (*below, place), known))
+        above = _overlay(above, _read(parent, (*below, place), known, renamed))
     known[place] = _overlay(above, tree)
     return known[place]
 
 
-def _current(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def _current(tree: dict[str, Any], where: str, renamed: set[str]) -> dict[str, Any]:
     """Settings as they are called today, without those that were removed. `where` names them in messages.
 
-    Raises `ConfigError` for a removed setting that did something, and for two names of one setting that disagree.
+    Adds the older names that it meets to `renamed`. Raises `ConfigError` for a removed setting that did something, and
+    for two names of one setting that disagree.
     """
     tree = {name: dict(values) if isinstance(values, dict) else values for name, values in tree.items()}
     for key, harmless in REMOVED.items():
         section, _, name = key.partition(".")
         if isinstance(tree.get(section), dict) and name in tree[section]:
             value = tree[section].pop(name)
-            if harmless is not None and str(value).lower() not in harmless:
+            if harmless is not None and _value(value) != harmless:
                 raise ConfigError(f"`{key}` {GONE}")
     for old, new in RENAMED.items():
         (section, _, name), (now, _, name_now) = old.partition("."), new.partition(".")
         if isinstance(tree.get(section), dict) and name in tree[section]:
+            renamed.add(old)
             value = tree[section].pop(name)
-            below = tree.get(now)
-            given = tree[now] = below if isinstance(below, dict) else {}
-            if given.setdefault(name_now, value) != value:
-                raise ConfigError(f"{where}: `{old}` is called `{new}` now, and both are given")
-            text = f"`{old}` is called `{new}` now"
-            warnings.warn_explicit(text, FutureWarning, filename=where, lineno=0)
+            if isinstance(tree.get(now, Null()), Null):
+                tree[now] = {}
+            if not isinstance(tree[now], dict):
+                continue  # refused with its own message
+            given = tree[now].setdefault(name_now, value)
+            if _value(given) != _value(value):
+                raise ConfigError(
+                    f"{where}: `{old}` ({short(value)}) is called `{new}` now, which is given too ({short(given)})"
+                )
     return tree
+
+
+def _current_overrides(pairs: list[tuple[str, str]], renamed: set[str]) -> list[tuple[str, str]]:
+    """Overrides as `_current` has them. One of a current name wins over any of a file."""
+    tree: dict[str, Any] = {}
+    for key, text in pairs:
+        if key in {*REMOVED, *RENAMED, *RENAMED.values()}:
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = text
+    current = {
+        f"{section}.{name}": text
+        for section, values in _current(tree, "the command line", renamed).items()
+        for name, text in values.items()
+    }
+    return [(key, text) for key, text in pairs if key not in {*REMOVED, *RENAMED, *current}] + [*current.items()]
+
+
+def _value(value: Any) -> Any:
+    """A scalar as YAML means it, quoted or not, so that `0` is `0.0` and `no` is `false`; anything else as it is."""
+    try:
+        return read_anything(Plain(value)) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _read_text(path: str | Path, by: str) -> tuple[Path, str]:

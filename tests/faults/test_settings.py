@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import jsonschema
 import pytest
@@ -589,8 +590,10 @@ OLD = {  # a setting of release 0.1.0 and a value -> the line that refuses it, o
     ("gradient.centre", "none"): None,
     ("gradient.marginal", "1e-3"): "`gradient.marginal` was removed in 0.2.0",
     ("gradient.marginal", "0.0"): None,
+    ("gradient.marginal", "0"): None,
     ("gradient.reuse", "true"): "`gradient.reuse` was removed in 0.2.0",
     ("gradient.reuse", "false"): None,
+    ("gradient.reuse", "No"): None,
     ("gradient.measure_steps", "1"): None,
 }
 
@@ -609,22 +612,43 @@ def test_settings_that_were_removed_name_the_release_that_has_them(tmp_path, key
         return
     with pytest.raises(ConfigError, match=re.escape(line)) as error:
         load_config(path, words)
-    assert "release 0.1.0" in str(error.value) and "\n" not in str(error.value)
+    assert "release 0.1.0 (commit cc2d4ec)" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_number_of_updates_has_an_older_name(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text(MINIMAL + "objective: {iterations: 3}\n")
-    with pytest.warns(FutureWarning, match=r"`objective.iterations` is called `optim.updates` now"):
-        config = load_config(path)
-    assert config.optim.updates == 3 and "iterations" not in as_yaml(config)
-    with pytest.warns(FutureWarning):
-        assert load_config(path, ["--objective.iterations", "5"]).optim.updates == 5
-    with pytest.warns(FutureWarning):
-        assert load_config(path, ["--optim.updates", "6"]).optim.updates == 6
-    path.write_text(MINIMAL + "objective: {iterations: 3}\noptim: {updates: 4}\n")
-    with pytest.raises(ConfigError, match="both are given"):
-        load_config(path)
+@pytest.mark.parametrize(
+    ("base", "text", "words", "expected"),
+    [
+        ("", "objective: {iterations: 3}", [], 3),
+        ("", "objective: {iterations: 3}\noptim:", [], 3),
+        ("", "objective: {iterations: 3}", ["--objective.iterations", "5"], 5),
+        ("", "objective: {iterations: 3}", ["--optim.updates", "6"], 6),
+        ("", "optim: {updates: 3}", ["--objective.iterations", "5"], 5),
+        ("objective: {iterations: 3}", "", [], 3),
+        ("objective: {iterations: 3}", "objective: {iterations: 4}", ["--objective.iterations=5"], 5),
+        ("optim: {updates: 3}", "objective: {iterations: 4}", [], 4),
+        ("objective: {iterations: 3}", "optim: {updates: 4}", [], 4),
+        ("", "objective: {iterations: 3}\noptim: {updates: +3}", [], 3),
+        ("", "objective: {iterations: 3}\noptim: {updates: 4}", [], "`objective.iterations` ('3') is called"),
+        ("", "", ["--optim.updates=4", "--objective.iterations=5"], "the command line: `objective.iterations` ('5')"),
+        ("", "", ["--objective.iterations=5", "--optim.updates=4"], "the command line: `objective.iterations` ('5')"),
+        ("", "objective: {iterations: 3}\noptim: fast", [], "`optim` is a section with keys of its own"),
+        ("", "objective: {iterations: 0}", [], "`optim.updates` must be at least 1"),
+    ],
+)
+def test_the_number_of_updates_has_an_older_name(base, text, words, expected, tmp_path):
+    """It warns once, however often the older name is used."""
+    (tmp_path / "base.yaml").write_text(MINIMAL + base)
+    (tmp_path / "a.yaml").write_text(f"extends: base.yaml\n{text}\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if isinstance(expected, str):
+            with pytest.raises(ConfigError, match=re.escape(expected)) as error:
+                load_config(tmp_path / "a.yaml", words)
+            assert "\n" not in str(error.value)
+            return
+        config = load_config(tmp_path / "a.yaml", words)
+    assert config.optim.updates == expected and "iterations" not in as_yaml(config)
+    assert [str(one.message) for one in caught] == ["`objective.iterations` is called `optim.updates` now"]
 
 
 def test_a_removed_objective_names_the_release_that_has_it():
