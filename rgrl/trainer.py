@@ -35,7 +35,7 @@ from rgrl.checkpoint import (
     progress_of,
     set_aside_after,
     take_folder,
-    warn_of_kinks,
+    warn_changed_models,
 )
 from rgrl.config import Config, as_yaml, check, located
 from rgrl.console import inform, steady, warn
@@ -127,7 +127,7 @@ def begin(config: Config, accelerator: Accelerator, resume: Path | None) -> tupl
     check_model(resume, run.policy)
     check_data(resume, run.fingerprints)
     if accelerator.is_main_process:
-        warn_of_kinks(resume, run.fingerprints, config)
+        warn_changed_models(resume, run.fingerprints, config)
     run = replace(run, fingerprints=run.fingerprints | kept(resume))
     return run, load(resume, accelerator, run.policy, run.optimizer, config.run.seed)
 

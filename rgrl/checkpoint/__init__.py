@@ -12,7 +12,7 @@ from rgrl.checkpoint.resume import (
     kept,
     load,
     load_adapter,
-    warn_of_kinks,
+    warn_changed_models,
 )
 from rgrl.checkpoint.save import Saver, Snapshot, newest, set_aside_after, take_snapshot, write
 from rgrl.checkpoint.start import code_commit, other_base, start_fingerprint
@@ -43,6 +43,6 @@ __all__ = [
     "start_fingerprint",
     "take_folder",
     "take_snapshot",
-    "warn_of_kinks",
+    "warn_changed_models",
     "write",
 ]

@@ -126,7 +126,7 @@ def check_data(folder: Path, fingerprints: dict[str, Any]) -> None:
         )
 
 
-def warn_of_kinks(folder: Path, fingerprints: dict[str, Any], config: Config) -> None:
+def warn_changed_models(folder: Path, fingerprints: dict[str, Any], config: Config) -> None:
     """Say in one line which of the things that a run is measured with are not the saved run's."""
     before = about(folder)
     changed = []

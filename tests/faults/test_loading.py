@@ -230,7 +230,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 # Changes to a tiny Dream: what they mean is what transformers' own reading of the same file makes of it.
-HONOURED: dict[str, dict] = {
+USED_OR_REFUSED: dict[str, dict] = {
     "base, old spelling": {"rope_theta": 500.0},
     "base, new spelling": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "base, both spellings": {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
@@ -265,9 +265,9 @@ def own_logits(folder: Path, ids_L: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits_LV[:1], logits_LV[:-1]])
 
 
-@pytest.mark.parametrize("name", HONOURED)
+@pytest.mark.parametrize("name", USED_OR_REFUSED)
 def test_what_is_honoured_is_what_transformers_makes_of_it(name, tmp_path, dream_dir):
-    folder = write_dream(tmp_path / "m", **HONOURED[name])
+    folder = write_dream(tmp_path / "m", **USED_OR_REFUSED[name])
     if name == "tied":
         in_model(lambda t: t.pop("lm_head.weight"))(folder)
     policy, ids_L = load_policy(folder), torch.arange(100, 148)
