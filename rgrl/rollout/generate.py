@@ -1,24 +1,21 @@
 """Text from prompts: encode, draw the noise, denoise. Training, evaluation, sampling and benchmarks all come here."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rgrl.config import RolloutConfig
 from rgrl.errors import ConfigError
+from rgrl.models import Policy
 from rgrl.rollout.denoise import DenoiseStats, RolloutNoise, denoise
 from rgrl.rollout.guidance import Guidance
 from rgrl.seeds import generators as seeded_generators
 from rgrl.types import Prompts, Rollout
 
-if TYPE_CHECKING:
-    from rgrl.models import Policy
-
 
 def generate(
-    policy: "Policy",
+    policy: Policy,
     prompts: Prompts | Sequence[str],
     config: RolloutConfig | None = None,
     generators: Sequence[torch.Generator] | None = None,

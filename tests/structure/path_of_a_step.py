@@ -1,10 +1,11 @@
-"""How much of rgrl/ one training step runs through: files and lines of functions, against budgets.
+"""How much of rgrl/ one training step runs through, and which way its imports point, against budgets.
 
     python tests/structure/path_of_a_step.py [--functions]
 
 On the path is what `rollout_step` and `update_step` call in one step of a shipped recipe, directly or not, in rgrl/
 alone. A function counts with all its lines, docstring and nested functions included, whatever part of it ran. Prints a
-table for each recipe and ends with 1 where a budget is exceeded.
+table for each recipe, and the imports between the layers of test_imports.py. Ends with 1 where a budget is exceeded, an
+import points up, or imports run in a circle.
 """
 
 import ast
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+from test_imports import LAYERS, between_parts, import_circles, upward_imports
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rgrl"
@@ -103,6 +106,9 @@ def main() -> int:
             exceeded.append(f"{recipe}: {files} files on the path, more than {most_files}")
         if lines > most_lines:
             exceeded.append(f"{recipe}: {lines} lines of functions on the path, more than {most_lines}")
+    problems = upward_imports() + import_circles()
+    print(f"\nimports between {len(set().union(*LAYERS))} parts: {len(between_parts())}, {len(problems)} of them wrong")
+    exceeded += problems
     everything = [path.read_text("utf-8").count("\n") for path in PACKAGE.rglob("*.py")]
     print(f"\nrgrl/: {len(everything)} files, {sum(everything):,} lines")
     print("".join(f"exceeded: {problem}\n" for problem in exceeded), end="")
